@@ -1,0 +1,32 @@
+"""`minim3.load`: a model and its processor from one path."""
+
+from pathlib import Path
+
+import torch
+
+from minim3 import checkpoint
+from minim3.config import MiniMaxM3VLTextConfig
+from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration
+from minim3.processing.processor import MiniMaxM3VLProcessor
+
+POCKET = Path(__file__).parent / "pocket" / "weights"
+
+
+def load(
+    path: str | Path | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> tuple[MiniMaxM3SparseForConditionalGeneration | MiniMaxM3SparseForCausalLM, MiniMaxM3VLProcessor]:
+    """Load a checkpoint (a folder or a hub id; None: pocket, the model that ships with minim3) and its processor.
+
+    dtype: of the weights. None: what the config names on an accelerator; fp32 on a CPU, where bf16 arithmetic is
+    emulated and several times slower. device: None is the CPU. The model is in evaluation mode; its class is
+    `MiniMaxM3SparseForConditionalGeneration`, or `MiniMaxM3SparseForCausalLM` for a text-only checkpoint.
+    Raises ValueError for a folder that is no whole checkpoint, with what is missing.
+    """
+    folder = checkpoint.resolve_checkpoint(POCKET if path is None else path)
+    device = torch.device(device or "cpu")
+    if dtype is None and device.type == "cpu":
+        dtype = torch.float32
+    text_only = isinstance(checkpoint.read_config(folder), MiniMaxM3VLTextConfig)
+    model_class = MiniMaxM3SparseForCausalLM if text_only else MiniMaxM3SparseForConditionalGeneration
+    processor = MiniMaxM3VLProcessor.from_pretrained(folder)
+    return model_class.from_pretrained(folder, dtype=dtype, device=device), processor

@@ -1,0 +1,252 @@
+"""Grouped-query attention, and the lightning indexer that chooses its key blocks.
+
+Shapes: T new tokens, S tokens of the sequences in all, Hq / Hkv / Hi query, key-value and index heads, D / Di their
+dimensions. One index head serves one KV head and the query heads that share it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from minim3 import kernels
+from minim3.config import MiniMaxM3VLTextConfig
+from minim3.kernels.reference import build_block_sparse_attn_bias
+from minim3.model.batch import ForwardBatch, ForwardRecord, LayerPages
+from minim3.model.layers import MiniMaxM3RMSNorm, apply_rotary, at_least_fp32, rms_normalize
+from minim3.model.padding import run_packed
+
+
+class MiniMaxM3Indexer(nn.Module):
+    """Scores every visible key with a few small heads and keeps, per query and KV group, the best blocks of keys.
+
+    It has no value and no output: all it hands on is the choice. `sparse_cfg` (the `sparse_attention_config` of a
+    released `config.json`) takes precedence over the fields of `config`.
+    """
+
+    def __init__(
+        self, config: MiniMaxM3VLTextConfig, sparse_cfg: Mapping[str, Any] | None = None, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        sparse_cfg = sparse_cfg or {}
+        self.backend = backend
+        self.num_index_heads: int = sparse_cfg.get("sparse_num_index_heads", config.index_n_heads)
+        self.index_head_dim: int = sparse_cfg.get("sparse_index_dim", config.index_head_dim)
+        self.block_size: int = sparse_cfg.get("sparse_block_size", config.index_block_size)
+        self.topk_blocks: int = sparse_cfg.get("sparse_topk_blocks", config.index_topk_blocks)
+        self.init_blocks: int = sparse_cfg.get("sparse_init_block", config.index_init_blocks)
+        self.local_blocks: int = sparse_cfg.get("sparse_local_block", config.index_local_blocks)
+        self.score_type: str = sparse_cfg.get("sparse_score_type", config.index_score_type)
+        self.index_q_proj = nn.Linear(config.hidden_size, self.num_index_heads * self.index_head_dim, bias=False)
+        self.index_k_proj = nn.Linear(config.hidden_size, self.index_head_dim, bias=False)
+        self.index_q_norm = MiniMaxM3RMSNorm(self.index_head_dim, config.rms_norm_eps)
+        self.index_k_norm = MiniMaxM3RMSNorm(self.index_head_dim, config.rms_norm_eps)
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """The keyword arguments of `kernels.select_blocks`."""
+        return {
+            "block_size": self.block_size,
+            "topk_blocks": self.topk_blocks,
+            "init_blocks": self.init_blocks,
+            "local_blocks": self.local_blocks,
+            "score_type": self.score_type,
+            "implementation": self.backend,
+        }
+
+    def project(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` `[..., H]` -> index queries `[..., Hi, Di]` and the one index key `[..., 1, Di]`, normed and rotated."""
+        index_q = self.index_q_proj(x).unflatten(-1, (self.num_index_heads, self.index_head_dim))
+        index_k = self.index_k_proj(x).unflatten(-1, (1, self.index_head_dim))
+        return apply_rotary(self.index_q_norm(index_q), freqs_cis), apply_rotary(self.index_k_norm(index_k), freqs_cis)
+
+    def forward(self, x: Tensor, *, freqs_cis: Tensor, num_q_heads: int) -> Tensor:
+        """The choice as a bias, 0 where a query attends and -inf elsewhere: `x` `[B, S, H]` -> `[B, num_q_heads, S, S]`.
+
+        Quadratic in S: made to look at, the model itself never builds it.
+        """
+        index_q, index_k = self.project(x, freqs_cis)
+        return build_block_sparse_attn_bias(
+            index_q,
+            index_k,
+            block_size=self.block_size,
+            topk_blocks=self.topk_blocks,
+            init_blocks=self.init_blocks,
+            local_blocks=self.local_blocks,
+            num_q_heads=num_q_heads,
+            score_type=self.score_type,
+        )
+
+
+class MiniMaxM3Attention(nn.Module):
+    """Causal grouped-query attention with per-head norms and partial rotary positions; full, or block-sparse."""
+
+    def __init__(
+        self, config: MiniMaxM3VLTextConfig, backend: str | None = None, is_sparse_attention_layer: bool = False
+    ) -> None:
+        super().__init__()
+        self.backend = backend
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.use_qk_norm = config.use_qk_norm
+        self.q_proj = nn.Linear(config.hidden_size, self.num_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        if self.use_qk_norm:
+            self.q_norm = MiniMaxM3RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = MiniMaxM3RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.indexer = MiniMaxM3Indexer(config, None, backend) if is_sparse_attention_layer else None
+        self._packed: PackedProjection | None = None
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        freqs_cis: Tensor,
+        attention_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        batch: ForwardBatch | None = None,
+        pages: LayerPages | None = None,
+        record: ForwardRecord | None = None,
+    ) -> Tensor:
+        """Packed `x` `[T, H]` with its `batch`, or padded `[B, S, H]` with masks; `freqs_cis` `[..., rotary_dim]` likewise."""
+        if batch is None:
+            return run_packed(
+                lambda x, freqs_cis, batch: self(x, freqs_cis=freqs_cis, batch=batch, record=record),
+                x, freqs_cis, attention_mask, padding_mask,
+            )  # fmt: skip
+        wants_kl = record is not None and record.indexer_kl is not None
+        wants_blocks = record is not None and record.block_indices is not None
+        indexer = self.indexer
+        # Up to top-k blocks of context the choice is "all of them": the answer is dense attention's, at dense cost.
+        chooses = indexer is not None and batch.max_length_k > indexer.topk_blocks * indexer.block_size
+        if indexer is not None and (chooses or wants_kl or wants_blocks or pages is not None):
+            q, k, v, index_q, index_k = self._project_all(x, freqs_cis, train_indexer=wants_kl)
+        else:
+            q, k, v = self._project_main(x, freqs_cis)
+            index_q = index_k = None
+
+        block_indices = None
+        if pages is not None:
+            assert batch.pages is not None
+            _store(pages, batch.pages.slots, batch.pages.page_size, k, v, index_k)
+            table, lengths_k = batch.pages.page_table, batch.lengths_k
+            if chooses or wants_blocks:
+                assert indexer is not None and index_q is not None
+                block_indices = kernels.select_blocks_paged(
+                    index_q, pages.index_k, table, lengths_k, batch.cu_seqlens_q, **indexer.selection
+                )
+            if chooses:
+                assert indexer is not None
+                out, _ = kernels.block_sparse_attention_paged(
+                    q, pages.k, pages.v, table, lengths_k, block_indices, batch.cu_seqlens_q,
+                    block_size=indexer.block_size, implementation=self.backend,
+                )  # fmt: skip
+            else:
+                out, _ = kernels.paged_attention(
+                    q, pages.k, pages.v, table, lengths_k, batch.cu_seqlens_q, implementation=self.backend
+                )
+        else:
+            spans = (batch.cu_seqlens_q, batch.cu_seqlens_k)
+            if chooses or wants_blocks:
+                assert indexer is not None and index_q is not None and index_k is not None
+                with torch.no_grad():
+                    block_indices = kernels.select_blocks(index_q, index_k.squeeze(1), *spans, **indexer.selection)
+            if wants_kl and indexer is not None:
+                assert record is not None and record.indexer_kl is not None and index_q is not None and index_k is not None
+                record.indexer_kl.append(
+                    kernels.indexer_kl(
+                        q.detach(), k.detach(), index_q, index_k.squeeze(1), block_indices if chooses else None, *spans,
+                        block_size=indexer.block_size, implementation=self.backend,
+                    )
+                )  # fmt: skip
+            if chooses:
+                assert indexer is not None
+                out, _ = kernels.block_sparse_attention(
+                    q, k, v, block_indices, *spans, block_size=indexer.block_size, implementation=self.backend
+                )
+            else:
+                out, _ = kernels.varlen_attention(q, k, v, *spans, implementation=self.backend)
+        if wants_blocks and indexer is not None:
+            assert record is not None and record.block_indices is not None and block_indices is not None
+            record.block_indices.append(block_indices)
+        return self.o_proj(out.flatten(-2))
+
+    def _project_main(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if self.use_qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return apply_rotary(q, freqs_cis), apply_rotary(k, freqs_cis), v
+
+    def _project_all(
+        self, x: Tensor, freqs_cis: Tensor, train_indexer: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v, index q and index k (with its head dimension of 1) of every token."""
+        assert self.indexer is not None
+        if self._packed is not None and not torch.is_grad_enabled() and self._packed.is_current(self):
+            return self._packed(x, freqs_cis)
+        q, k, v = self._project_main(x, freqs_cis)
+        # The choice of blocks carries no gradient, and the alignment loss moves the indexer alone: its input is cut off.
+        with torch.set_grad_enabled(train_indexer and torch.is_grad_enabled()):
+            index_q, index_k = self.indexer.project(x.detach(), freqs_cis)
+        return q, k, v, index_q, index_k
+
+    def pack_for_inference(self) -> None:
+        """Make q, k, index q, index k and v views of one weight, so that inference takes one product and one norm.
+
+        The parameters keep their names and values. Nothing is packed where head dimensions differ.
+        """
+        indexer = self.indexer
+        if indexer is not None and indexer.index_head_dim == self.head_dim and self.use_qk_norm:
+            self._packed = PackedProjection(self)
+
+
+class PackedProjection:
+    """One product for the five projections of a sparse layer, with all normed heads side by side."""
+
+    def __init__(self, attention: MiniMaxM3Attention) -> None:
+        indexer = attention.indexer
+        assert indexer is not None
+        self.head_dim = attention.head_dim
+        self.eps = attention.q_norm.eps
+        self.heads = [attention.num_heads, attention.num_kv_heads, indexer.num_index_heads, 1]
+        projections = [
+            attention.q_proj, attention.k_proj, indexer.index_q_proj, indexer.index_k_proj, attention.v_proj
+        ]  # fmt: skip
+        norms = [attention.q_norm, attention.k_norm, indexer.index_q_norm, indexer.index_k_norm]
+        with torch.no_grad():
+            self.weight = torch.cat([projection.weight for projection in projections])
+            first = 0
+            for projection in projections:
+                rows = projection.weight.shape[0]
+                projection.weight.data = self.weight[first : first + rows]
+                first += rows
+            self.scale = torch.cat(
+                [norm.scale().expand(heads, -1) for norm, heads in zip(norms, self.heads, strict=True)]
+            )
+
+    def is_current(self, attention: MiniMaxM3Attention) -> bool:
+        """False once the model was moved or cast, which gives the parameters storage of their own."""
+        return self.weight.data_ptr() == attention.q_proj.weight.data_ptr()
+
+    def __call__(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        heads = torch.nn.functional.linear(x, self.weight).unflatten(-1, (-1, self.head_dim))
+        num_normed = sum(self.heads)
+        normed = (rms_normalize(at_least_fp32(heads[..., :num_normed, :]), self.eps) * self.scale).to(x.dtype)
+        q, k, index_q, index_k = apply_rotary(normed, freqs_cis).split(self.heads, dim=-2)
+        return q, k, heads[..., num_normed:, :], index_q, index_k
+
+
+def _store(pages: LayerPages, slots: Tensor, page_size: int, k: Tensor, v: Tensor, index_k: Tensor | None) -> None:
+    """Put K, V and index keys of the new tokens into their pages."""
+    page, offset = slots // page_size, slots % page_size
+    pages.k[page, :, offset] = k.to(pages.k.dtype)
+    pages.v[page, :, offset] = v.to(pages.v.dtype)
+    if pages.index_k is not None:
+        assert index_k is not None
+        pages.index_k[page, offset] = index_k.squeeze(-2).to(pages.index_k.dtype)

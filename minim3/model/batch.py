@@ -1,0 +1,118 @@
+"""What a forward pass works on: packed sequences, and, when serving, the pages that hold their past.
+
+Shape legend of `minim3/model`: T new tokens of all sequences, one after another; N sequences; H hidden size.
+Nothing in the model is padded: calls on padded `[B, S]` tensors are packed at the door (`padding.py`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerPages:
+    """The cached past of one decoder layer. A page holds the K, V and index key of the same tokens.
+
+    k, v: `[pages, kv_heads, page_size, head_dim]`; index_k: `[pages, page_size, index_head_dim]`, or None in a layer
+    with full attention.
+    """
+
+    k: Tensor
+    v: Tensor
+    index_k: Tensor | None
+
+
+@dataclass(frozen=True)
+class PagedContext:
+    """Where the past of the batch's sequences lies, and where the new tokens go.
+
+    layers: one `LayerPages` a decoder layer, then one an MTP depth if those are cached.
+    page_table: int64 `[N, max_pages]`, the pages of each sequence in order; entries past its length are ignored.
+    slots: int64 `[T]`, `page * page_size + offset` of each new token.
+    """
+
+    layers: Sequence[LayerPages]
+    page_table: Tensor
+    slots: Tensor
+    page_size: int
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """N packed sequences.
+
+    positions: int64 `[T]`, rotary positions of the new tokens.
+    lengths_q: new tokens of each sequence, all positive. lengths_k: its tokens in all, the past included.
+    Without `pages` there is no past: `lengths_k == lengths_q`.
+    """
+
+    positions: Tensor
+    lengths_q: tuple[int, ...]
+    lengths_k: tuple[int, ...]
+    pages: PagedContext | None = None
+
+    def __post_init__(self) -> None:
+        assert len(self.lengths_q) == len(self.lengths_k)
+        assert all(0 < q <= k for q, k in zip(self.lengths_q, self.lengths_k)), (self.lengths_q, self.lengths_k)
+        assert self.pages is not None or self.lengths_q == self.lengths_k
+
+    @classmethod
+    def packed(
+        cls, lengths: Sequence[int], device: torch.device | str = "cpu", positions: Tensor | None = None
+    ) -> "ForwardBatch":
+        """Whole sequences without a past, positions 0..length-1 in each unless given."""
+        lengths = tuple(int(length) for length in lengths)
+        if positions is None:
+            if len(lengths) == 1:
+                positions = torch.arange(lengths[0], device=device)
+            else:
+                ends = torch.tensor(lengths).cumsum(0)
+                starts = torch.repeat_interleave(ends - torch.tensor(lengths), torch.tensor(lengths))
+                positions = (torch.arange(int(ends[-1])) - starts).to(device)
+        return cls(positions, lengths, lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.positions.shape[0]
+
+    @cached_property
+    def max_length_k(self) -> int:
+        return max(self.lengths_k)
+
+    @cached_property
+    def cu_seqlens_q(self) -> Tensor:
+        """int32 `[N + 1]`: where each sequence starts among the new tokens."""
+        return self._cumulative(self.lengths_q)
+
+    @cached_property
+    def cu_seqlens_k(self) -> Tensor:
+        """int32 `[N + 1]`: the same over all tokens, past included."""
+        return self.cu_seqlens_q if self.lengths_k == self.lengths_q else self._cumulative(self.lengths_k)
+
+    def _cumulative(self, lengths: tuple[int, ...]) -> Tensor:
+        total, sums = 0, [0]
+        for length in lengths:
+            total += length
+            sums.append(total)
+        return torch.tensor(sums, dtype=torch.int32, device=self.positions.device)
+
+
+@dataclass
+class ForwardRecord:
+    """What the caller wants kept from a forward pass: each list that is not None is appended to, a layer at a time.
+
+    hidden_states: `[T, H]` before the first layer, after every layer but the last, and after the final norm.
+    router_logits: fp32 `[T, experts]` a MoE layer. expert_ids: int64 `[T, top_k]` a MoE layer.
+    indexer_kl: a scalar a sparse layer, the alignment loss of its indexer (asking for it makes the indexer trainable).
+    block_indices: int32 `[T, index_heads, top_k]` a sparse layer.
+    """
+
+    hidden_states: list[Tensor] | None = None
+    router_logits: list[Tensor] | None = None
+    expert_ids: list[Tensor] | None = None
+    indexer_kl: list[Tensor] | None = None
+    block_indices: list[Tensor] | None = None
+

@@ -1,0 +1,478 @@
+"""The two model classes: `MiniMaxM3SparseForCausalLM` (text) and `MiniMaxM3SparseForConditionalGeneration` (text, image, video)."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from minim3 import checkpoint
+from minim3.config import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
+from minim3.model.attention import MiniMaxM3Attention
+from minim3.model.batch import ForwardBatch, ForwardRecord
+from minim3.model.decoder import MiniMaxM3TextModel, embed_inputs, initialize
+from minim3.model.moe import MiniMaxM3Router, MoEConfig
+from minim3.model.outputs import MiniMaxM3CausalLMOutput, load_balancing_loss, next_token_loss, packed_targets
+from minim3.model.padding import PaddedLayout
+from minim3.model.vision import MiniMaxM3VisionModel, build_projectors
+
+
+class CausalLM(nn.Module):
+    """What both model classes share: construction, loading, saving, the padded forward call, `generate`."""
+
+    config: Any
+    generation_config: Mapping[str, Any] | None = None
+
+    @property
+    @abstractmethod
+    def text_model(self) -> MiniMaxM3TextModel: ...
+
+    @property
+    def text_config(self) -> MiniMaxM3VLTextConfig:
+        return self.text_model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.text_model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.text_model.embed_tokens.weight.dtype
+
+    # Construction, loading, saving
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Any,
+        moe_config: MoEConfig | None = None,
+        backend: str | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """A model with fresh random weights of `dtype` (the router stays fp32), drawn from torch's global generator."""
+        return cls(config, moe_config, backend).cast(dtype)
+
+    @classmethod
+    @abstractmethod
+    def config_of(cls, config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig, source: str) -> Any:
+        """The part of a checkpoint's config that this class takes. Raises ValueError when there is none."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        backend: str | None = None,
+    ) -> Self:
+        """Load a checkpoint folder or hub id, in evaluation mode.
+
+        dtype: of the weights; None keeps the one that the config names (fp32 where it names none). The router and its
+        correction bias stay fp32. MTP modules are built only if the checkpoint holds their tensors.
+        """
+        folder = checkpoint.resolve_checkpoint(path)
+        config = cls.config_of(checkpoint.read_config(folder), str(path))
+        config = with_mtp_modules(config, checkpoint.num_mtp_modules_in(folder))
+        if dtype is None:
+            dtype = getattr(torch, config.torch_dtype or "float32")
+        with torch.device("meta"):
+            model = cls(config, None, backend)
+        checkpoint.load_into(model, folder, dtype=dtype, device=device or "cpu", text_only=cls.is_text_only())
+        model.generation_config = checkpoint.read_generation_config(folder)
+        return model.eval()
+
+    @classmethod
+    @abstractmethod
+    def is_text_only(cls) -> bool: ...
+
+    def save_pretrained(self, path: str | Path, *, format: str | None = None, max_shard_bytes: int | None = None) -> None:
+        """Write config and weights in the released layout. format: "bf16", "fp32", "mxfp8", or None for the model's dtype."""
+        checkpoint.write_checkpoint(self, path, format=format, max_shard_bytes=max_shard_bytes)
+
+    @torch.no_grad()
+    def initialize_weights(
+        self, buffer_device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
+        """Draw fresh weights and cast them to `dtype`. `buffer_device` is accepted and unused: there are no derived buffers."""
+        initialize(self, self.text_config.initializer_range)
+        self.cast(dtype)
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """Cast the weights; the router and its correction bias stay fp32 below fp64 (their choice of experts is fragile)."""
+        self.to(dtype)
+        for module in self.modules():
+            if isinstance(module, MiniMaxM3Router) and dtype != torch.float64:
+                module.float()
+            bias = module._buffers.get("e_score_correction_bias")
+            if bias is not None and dtype != torch.float64:
+                module._buffers["e_score_correction_bias"] = bias.float()
+        return self
+
+    def _finish_construction(self) -> None:
+        head, embedding = self.get_output_embeddings(), self.get_input_embeddings()
+        if self.text_config.tie_word_embeddings:
+            head.weight = embedding.weight
+        if embedding.weight.device.type != "meta":
+            initialize(self, self.text_config.initializer_range)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.text_model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.text_model.embed_tokens = value
+
+    @abstractmethod
+    def get_output_embeddings(self) -> nn.Module: ...
+
+    @abstractmethod
+    def set_output_embeddings(self, value: nn.Module) -> None: ...
+
+    # Running
+
+    def embed_tokens_packed(self, input_ids: Tensor) -> Tensor:
+        """Ids `[T]` -> `[T, H]`."""
+        return self.text_model.embed_tokens(input_ids)
+
+    embed_input_ids = embed_tokens_packed
+
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states `[..., H]` -> logits `[..., vocab]`."""
+        return self.get_output_embeddings()(hidden)
+
+    def pack_for_inference(self) -> None:
+        """Pack the projections of sparse layers into one weight each (see `MiniMaxM3Attention.pack_for_inference`)."""
+        for module in self.modules():
+            if isinstance(module, MiniMaxM3Attention):
+                module.pack_for_inference()
+
+    def generate(self, input_ids: Tensor | None = None, **options: Any) -> Any:
+        """Continue `[B, S]` ids: see `minim3.inference.generate.generate` for every option."""
+        from minim3.inference.generate import generate  # the one import upward: inference stands on the model
+
+        return generate(self, input_ids=input_ids, **options)
+
+    def _forward_packed(
+        self,
+        embeds: Tensor,
+        layout: PaddedLayout,
+        batch: ForwardBatch,
+        input_ids: Tensor | None,
+        labels: Tensor | None,
+        logits_to_keep: int | Tensor,
+        output_hidden_states: bool,
+        output_router_logits: bool,
+        output_mtp_logits: bool | None,
+        output_indexer_kl: bool,
+    ) -> MiniMaxM3CausalLMOutput:
+        """The forward call after embedding: packed embeddings `[T, H]` and ids `[T]` in, padded outputs out."""
+        record = ForwardRecord(
+            hidden_states=[] if output_hidden_states else None,
+            router_logits=[] if output_router_logits else None,
+            indexer_kl=[] if output_indexer_kl else None,
+        )
+        hidden = self.text_model.forward_packed(embeds, batch, record)
+        kept = layout.unpack(hidden)
+        if isinstance(logits_to_keep, Tensor):
+            kept = kept[:, logits_to_keep]
+        elif logits_to_keep:
+            kept = kept[:, -logits_to_keep:]
+        output = MiniMaxM3CausalLMOutput(logits=self.compute_logits(kept))
+        if labels is not None:
+            output.loss = next_token_loss(hidden, packed_targets(labels, layout), self.get_output_embeddings())
+        if record.hidden_states is not None:
+            output.hidden_states = tuple(layout.unpack(state) for state in record.hidden_states)
+        if record.indexer_kl is not None:
+            output.indexer_kl = tuple(record.indexer_kl)
+        if record.router_logits:
+            config = self.text_config
+            output.router_logits = tuple(layout.unpack(logits).flatten(0, 1) for logits in record.router_logits)
+            output.aux_loss = load_balancing_loss(
+                record.router_logits, config.num_local_experts, config.num_experts_per_tok
+            )
+        mtp = self.text_model.mtp
+        if output_mtp_logits and mtp is None:
+            raise ValueError("output_mtp_logits was asked for, but this model has no MTP modules")
+        if mtp is not None and (self.training if output_mtp_logits is None else output_mtp_logits):
+            if input_ids is None:
+                if output_mtp_logits:
+                    raise ValueError("MTP embeds the next token: pass input_ids, inputs_embeds are not enough")
+                return output
+            depths = mtp.forward_packed(hidden, input_ids, self.text_model.embed_tokens, batch)
+            output.mtp_per_depth_logits = [layout.unpack(self.compute_logits(depth)) for depth in depths]
+        return output
+
+
+def refuse_cache(past_key_values: Any, use_cache: bool | None) -> None:
+    """transformers' cache arguments have no meaning here; None and False pass."""
+    if past_key_values is not None or use_cache:
+        raise ValueError(
+            "past_key_values and use_cache are not taken: the cache lives in the engine; call model.generate(...), "
+            "or minim3.inference.engine.Engine to drive it step by step"
+        )
+
+
+def with_mtp_modules(config: Any, present: int) -> Any:
+    """`config` with as many MTP modules as the checkpoint holds tensors for: configs announce modules that were not released."""
+    text = config if isinstance(config, MiniMaxM3VLTextConfig) else config.text_config
+    if present > text.num_mtp_modules:
+        raise ValueError(f"the checkpoint holds {present} MTP modules, its config names {text.num_mtp_modules}")
+    if present == text.num_mtp_modules:
+        return config
+    text = replace(text, num_mtp_modules=present)
+    return text if isinstance(config, MiniMaxM3VLTextConfig) else replace(config, text_config=text)
+
+
+class MiniMaxM3SparseForCausalLM(CausalLM):
+    """The text model with its head."""
+
+    def __init__(
+        self, config: MiniMaxM3VLTextConfig, moe_config: MoEConfig | None = None, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.model = MiniMaxM3TextModel(config, backend, moe_config=moe_config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self._finish_construction()
+
+    @property
+    def text_model(self) -> MiniMaxM3TextModel:
+        return self.model
+
+    @classmethod
+    def config_of(cls, config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig, source: str) -> MiniMaxM3VLTextConfig:
+        return config.text_config if isinstance(config, MiniMaxM3VLConfig) else config
+
+    @classmethod
+    def is_text_only(cls) -> bool:
+        return True
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool = False,
+        output_router_logits: bool = False,
+        output_mtp_logits: bool | None = None,
+        output_indexer_kl: bool = False,
+        past_key_values: None = None,
+        use_cache: bool | None = None,
+    ) -> MiniMaxM3CausalLMOutput:
+        """Ids `[B, S]` (or embeddings `[B, S, H]`) -> logits and whatever else is asked for.
+
+        attention_mask: `[B, S]`, nonzero at tokens; padding on either side of a row, no holes. padding_mask: its opposite.
+        position_ids: `[B, S]`, rotary positions; 0, 1, ... from the first token of each row by default.
+        labels: `[B, S]` ids, -100 where there is no target; the shift by one is done here.
+        logits_to_keep: compute logits of the last so many columns only (0: all), or of the columns of an index tensor.
+        output_mtp_logits: None means in training mode.
+        """
+        refuse_cache(past_key_values, use_cache)
+        embeds = embed_inputs(self.model.embed_tokens, input_ids, inputs_embeds)
+        layout = PaddedLayout.from_masks(embeds.shape[0], embeds.shape[1], attention_mask, padding_mask)
+        return self._forward_packed(
+            layout.pack(embeds), layout, layout.batch(embeds.device, position_ids),
+            None if input_ids is None else layout.pack(input_ids),
+            labels, logits_to_keep, output_hidden_states, output_router_logits, output_mtp_logits, output_indexer_kl,
+        )  # fmt: skip
+
+
+class MiniMaxM3SparseForConditionalGeneration(CausalLM):
+    """The whole model: text, with pictures and videos in the place of placeholder tokens."""
+
+    def __init__(
+        self, config: MiniMaxM3VLConfig, moe_config: MoEConfig | None = None, backend: str | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(config, MiniMaxM3VLConfig) or config.vision_config is None:
+            raise ValueError(
+                f"{type(self).__name__} needs a config with a vision part, got a {type(config).__name__} without: "
+                "use MiniMaxM3SparseForCausalLM for text-only models"
+            )
+        self.config = config
+        self.vision_tower = MiniMaxM3VisionModel(config.vision_config, backend)
+        self.multi_modal_projector, self.patch_merge_mlp = build_projectors(config)
+        self.language_model = MiniMaxM3SparseForCausalLM(config.text_config, moe_config, backend)
+        self._finish_construction()
+
+    @property
+    def text_model(self) -> MiniMaxM3TextModel:
+        return self.language_model.model
+
+    @property
+    def lm_head(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    @classmethod
+    def config_of(cls, config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig, source: str) -> MiniMaxM3VLConfig:
+        if isinstance(config, MiniMaxM3VLTextConfig) or config.vision_config is None:
+            raise ValueError(f"{source} is a text-only checkpoint: load it with MiniMaxM3SparseForCausalLM or minim3.load")
+        return config
+
+    @classmethod
+    def is_text_only(cls) -> bool:
+        return False
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.language_model.lm_head = value
+
+    def get_placeholder_str(self, modality: str, i: int) -> str:
+        """The text that stands for the i-th picture or video of a prompt before it is expanded."""
+        if modality not in ("image", "video"):
+            raise ValueError(f"modality must be 'image' or 'video', got {modality!r}")
+        return f"]<]{modality}[>["
+
+    # Media
+
+    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | list[list[int]]) -> Tensor:
+        """Patches `[N, C * T * P * P]` of pictures with grids `[n, 3]` -> one feature a placeholder token, `[N / 4, H]`."""
+        projected = self.multi_modal_projector(self.vision_tower(pixel_values, image_grid_thw))
+        assert self.config.vision_config is not None
+        merge = self.config.vision_config.spatial_merge_size**2
+        return self.patch_merge_mlp(projected.view(-1, merge * projected.shape[-1]))
+
+    def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor | list[list[int]]) -> Tensor:
+        """The same for videos: a grid `[chunks, 3]` a chunk of at most a few temporal patches, attended to by itself."""
+        return self.get_image_features(pixel_values_videos, video_grid_thw)
+
+    def embed_packed(
+        self,
+        input_ids: Tensor,
+        *,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        image_order: Tensor | None = None,
+    ) -> Tensor:
+        """Packed ids `[T]` and their media -> embeddings `[T, H]`.
+
+        image_order: int64 `[uses]`, the row of `image_grid_thw` that each successive picture of the ids shows, so that
+        several documents may share one picture; by default each row is used once, in order.
+        """
+        return self._embed(
+            input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, image_order
+        )[0]
+
+    def _embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        image_grid_thw: Tensor | None,
+        pixel_values_videos: Tensor | None,
+        video_grid_thw: Tensor | None,
+        image_order: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Embeddings `[T, H]`, picture features and video features."""
+        for what, pixels, grid in (
+            ("pixel_values", pixel_values, image_grid_thw),
+            ("pixel_values_videos", pixel_values_videos, video_grid_thw),
+        ):
+            if (pixels is None) != (grid is None):
+                present, absent = ("grid", "patches") if pixels is None else ("patches", "grid")
+                raise ValueError(f"{what}: there is a {present} tensor without {absent}; pass both or neither")
+        embeds = self.embed_tokens_packed(input_ids)
+        images = videos = None
+        if pixel_values is not None:
+            assert image_grid_thw is not None
+            images = self.get_image_features(pixel_values, image_grid_thw)
+            if image_order is not None:
+                assert self.config.vision_config is not None
+                merge = self.config.vision_config.spatial_merge_size**2
+                sizes = (torch.as_tensor(image_grid_thw).prod(-1) // merge).tolist()
+                rows = images.split(sizes)
+                images = torch.cat([rows[i] for i in image_order.tolist()])
+        embeds = splice_features(embeds, input_ids, self.config.image_token_index, images, "image")
+        if pixel_values_videos is not None:
+            assert video_grid_thw is not None
+            videos = self.get_video_features(pixel_values_videos, video_grid_thw)
+        return splice_features(embeds, input_ids, self.config.video_token_index, videos, "video"), images, videos
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool = False,
+        output_router_logits: bool = False,
+        output_mtp_logits: bool | None = None,
+        output_indexer_kl: bool = False,
+        past_key_values: None = None,
+        use_cache: bool | None = None,
+    ) -> MiniMaxM3CausalLMOutput:
+        """As `MiniMaxM3SparseForCausalLM.forward`, with media.
+
+        pixel_values: fp32 patches `[N, C * T * P * P]` of all pictures of the batch, row by row, in prompt order;
+        image_grid_thw: int64 `[pictures, 3]`. pixel_values_videos, video_grid_thw: the same, a grid row a chunk.
+        Raises ValueError when placeholder tokens and features differ in number, with both counts.
+        """
+        refuse_cache(past_key_values, use_cache)
+        media = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
+        if inputs_embeds is not None:
+            if any(tensor is not None for tensor in media):
+                raise ValueError("pictures and videos replace placeholder tokens: pass input_ids with them, not inputs_embeds")
+            return self.language_model(
+                input_ids, position_ids=position_ids, attention_mask=attention_mask, padding_mask=padding_mask,
+                inputs_embeds=inputs_embeds, labels=labels, logits_to_keep=logits_to_keep,
+                output_hidden_states=output_hidden_states, output_router_logits=output_router_logits,
+                output_mtp_logits=output_mtp_logits, output_indexer_kl=output_indexer_kl,
+            )  # fmt: skip
+        if input_ids is None or input_ids.dim() != 2:
+            raise ValueError("pass input_ids [batch, sequence] or inputs_embeds [batch, sequence, hidden]")
+        layout = PaddedLayout.from_masks(input_ids.shape[0], input_ids.shape[1], attention_mask, padding_mask)
+        ids = layout.pack(input_ids)
+        embeds, images, videos = self._embed(ids, *media)
+        output = self._forward_packed(
+            embeds, layout, layout.batch(ids.device, position_ids), ids, labels, logits_to_keep,
+            output_hidden_states, output_router_logits, output_mtp_logits, output_indexer_kl,
+        )  # fmt: skip
+        output.image_hidden_states, output.video_hidden_states = images, videos
+        return output
+
+
+def splice_features(
+    embeds: Tensor, input_ids: Tensor, token_id: int, features: Tensor | None, modality: str, *, start: int = 0,
+    exact: bool = True,
+) -> Tensor:  # fmt: skip
+    """Put `features` `[n, H]` in the place of the embeddings `[T, H]` of the tokens `token_id`, in order.
+
+    A chunk of a prompt takes the features from `start` on, with `exact=False`. Raises ValueError when the counts differ.
+    """
+    places = (input_ids == token_id).nonzero().squeeze(1)
+    available = 0 if features is None else features.shape[0] - start
+    if (places.numel() != available) if exact else (places.numel() > available):
+        raise ValueError(
+            f"the prompt has {places.numel()} {modality} placeholder tokens (id {token_id}), but the {modality}s given "
+            f"make {available} features: every placeholder needs one feature"
+        )
+    if features is None or not places.numel():
+        return embeds
+    taken = features[start : start + places.numel()].to(embeds.dtype)
+    return embeds.index_copy(0, places, taken)
