@@ -1,0 +1,95 @@
+"""Tasks without a picture: copy words, look up a key, add two numbers, and a few words of small talk.
+
+Words come from `WORDS`, each of which the tokenizer holds as one token. Small talk is trained, so that a chat does not
+feel broken, and is not scored.
+"""
+
+import numpy as np
+
+from minim3.pocket.questions import Question, pick_wording
+from minim3.pocket.wordings import TEXT_WORDINGS
+
+TEXT_KINDS = ("copy", "lookup", "sum")
+MIN_COPY_WORDS, MAX_COPY_WORDS = 8, 24
+NUM_LOOKUP_PAIRS = 16
+
+_WORDS = """
+apple arm bag ball band bank bath beach bean bear bed bee bell belt bird boat bone book boot bowl box boy bread
+brick bus cake camp cap car card cart cat chair clay cloud coal coat coin cold corn cow crab cup deer desk dog door
+drum duck dust ear egg face farm field fire fish flag foot fork fox frog game gate girl glass goat gold grass hair
+hand hat hen hill home horse house ice ink iron jam jar key king kite knife lake lamp leaf lemon lion lip lock map
+milk moon mouse mud nail neck nest net nose nut oil owl page park pea pear pen pig pin plate pond pool pot rain rat
+rice river road rock roof room rope rose salt sand seed ship shoe shop silk sky snow soap sock soup stone sugar sun
+table tail tea tent toe town toy train tree wall wave west wind wolf wood wool
+"""
+WORDS = tuple(_WORDS.split())
+# How a table of pairs is written: between key and value, and between pairs.
+TABLE_STYLES = ((": ", ", "), ("=", ", "), (" = ", "\n"), (": ", "\n"), (" is ", ", "))
+
+GREETINGS = ("Hello", "Hello!", "Hi", "Hi!", "Hey", "Good morning", "Good evening", "Hello there", "hello", "hi")
+SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
+    (GREETINGS, "Hello! Show me a picture of shapes, or give me a small task."),
+    (
+        ("Who are you?", "What are you?", "What is your name?", "Tell me who you are.", "who are you"),
+        "I am pocket, a very small model.",
+    ),
+    (
+        ("What can you do?", "What do you know?", "Help", "Help me.", "How can you help me?", "what can you do"),
+        "I answer questions about pictures of shapes, copy words, look up words and add numbers.",
+    ),
+    (("Thanks", "Thank you!", "Thank you.", "Thanks a lot!", "thanks"), "You are welcome."),
+    (("Bye", "Goodbye", "Goodbye!", "See you.", "Bye!", "bye"), "Goodbye!"),
+    (("How are you?", "How do you do?", "Are you well?", "how are you"), "I am well, thank you."),
+    (
+        (
+            "What is the capital of France?",
+            "Who wrote this book?",
+            "Tell me a story.",
+            "Write a poem about the sea.",
+            "What time is it?",
+            "What is the weather like today?",
+            "Why is the sky blue?",
+            "Who is the king of England?",
+            "Write a program in Python.",
+            "Translate this into German.",
+            "What is the meaning of life?",
+            "How old is the earth?",
+            "Give me some advice.",
+            "Do you like music?",
+            "What should I eat today?",
+            "Explain how a car works.",
+            "Tell me a joke.",
+            "When was the war?",
+            "How far is the moon?",
+            "What is love?",
+            "Can you sing a song?",
+            "Who won the game?",
+        ),
+        "I do not know. I only know shapes, words and small numbers.",
+    ),
+)
+
+
+def ask_text(kind: str, rng: np.random.Generator, *, held_out_wording: bool = False) -> Question:
+    """One text task of `kind` ("copy", "lookup" or "sum"); it needs no picture."""
+    if kind not in TEXT_KINDS:
+        raise ValueError(f"text task {kind!r} is none of {TEXT_KINDS}")
+    template = pick_wording(rng, TEXT_WORDINGS[kind], held_out_wording)
+    if kind == "sum":
+        first, second = rng.integers(0, 100, size=2).tolist()
+        return Question(kind, kind, template.format(first=first, second=second), str(first + second), held_out_wording)
+    if kind == "copy":
+        number = int(rng.integers(MIN_COPY_WORDS, MAX_COPY_WORDS + 1))
+        words = " ".join(WORDS[index] for index in rng.integers(len(WORDS), size=number))
+        return Question(kind, kind, template.format(words=words), words, held_out_wording)
+    drawn = [WORDS[index] for index in rng.choice(len(WORDS), size=2 * NUM_LOOKUP_PAIRS, replace=False)]
+    keys, values = drawn[:NUM_LOOKUP_PAIRS], drawn[NUM_LOOKUP_PAIRS:]
+    between, after = TABLE_STYLES[int(rng.integers(len(TABLE_STYLES)))]
+    table = after.join(f"{key}{between}{value}" for key, value in zip(keys, values))
+    asked = int(rng.integers(NUM_LOOKUP_PAIRS))
+    return Question(kind, kind, template.format(table=table, key=keys[asked]), values[asked], held_out_wording)
+
+
+def small_talk(rng: np.random.Generator) -> Question:
+    prompts, answer = SMALL_TALK[int(rng.integers(len(SMALL_TALK)))]
+    return Question("small_talk", "small_talk", prompts[int(rng.integers(len(prompts)))], answer)
