@@ -1,0 +1,144 @@
+"""Runs one planned step: packs the scheduled tokens, splices media features in, runs the model over its pages.
+
+Shape legend: N scheduled requests, T new tokens of all of them, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from minim3.inference.cache import PagedCache
+from minim3.inference.request import Media, Request
+from minim3.inference.scheduler import Chunk
+from minim3.model.batch import ForwardBatch, PagedContext
+
+if TYPE_CHECKING:
+    from minim3.model.causal_lm import CausalLM
+
+
+class Runner:
+    """Everything between a plan and its logits. The only state of its own is the page table of the last step."""
+
+    def __init__(self, model: "CausalLM", cache: PagedCache) -> None:
+        self.model = model
+        self.cache = cache
+        self.device = cache.device
+        self._page_table = _PageTable(cache.device)
+
+    def run(self, plan: Sequence[Chunk]) -> tuple[Tensor | None, list[Request]]:
+        """Compute the planned tokens and store their K, V and index keys; their pages must have been handed out.
+
+        Returns logits `[R, V]` of those R requests whose last known token was among them, and these requests, in order;
+        None where every chunk ends inside a prompt.
+        """
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        last_rows: list[int] = []
+        sampling: list[Request] = []
+        lengths_k: list[int] = []
+        for request, num_tokens in plan:
+            start = request.num_computed_tokens
+            stop = start + num_tokens
+            token_ids += request.token_ids[start:stop]
+            positions += range(start, stop)
+            slots += self.cache.slots(request, start, stop)
+            lengths_k.append(stop)
+            if stop == request.num_tokens:
+                last_rows.append(len(token_ids) - 1)
+                sampling.append(request)
+        ids_T, positions_T, slots_T = torch.tensor([token_ids, positions, slots], device=self.device)
+        batch = ForwardBatch(
+            positions_T,
+            tuple([num_tokens for _, num_tokens in plan]),
+            tuple(lengths_k),
+            PagedContext(
+                self.cache.layers, self._page_table.rows([c.request for c in plan]), slots_T, self.cache.page_size
+            ),
+        )
+        hidden_TH = self.model.text_model.forward_packed(self._embed(ids_T, plan), batch)
+        if not sampling:
+            return None, sampling
+        if len(last_rows) < len(token_ids):
+            hidden_TH = hidden_TH[torch.tensor(last_rows, device=self.device)]
+        return self.model.compute_logits(hidden_TH), sampling
+
+    def _embed(self, ids_T: Tensor, plan: Sequence[Chunk]) -> Tensor:
+        embeds_TH = self.model.embed_tokens_packed(ids_T)
+        first_row = 0
+        for request, num_tokens in plan:
+            start = request.num_computed_tokens
+            if start < request.num_prompt_tokens and request.placeholders:
+                embeds_TH = self._splice(embeds_TH, first_row, request, start, start + num_tokens)
+            first_row += num_tokens
+        return embeds_TH
+
+    def _splice(self, embeds_TH: Tensor, first_row: int, request: Request, start: int, stop: int) -> Tensor:
+        """Put the features of the placeholders at positions `start <= p < stop` in their rows."""
+        assert request.media is not None
+        features = self._features(request.media)
+        for token_id, places in request.placeholders.items():
+            low, high = request.placeholders_between(token_id, start, stop)
+            if low == high:
+                continue
+            found = features[token_id]
+            if found.shape[0] != len(places):
+                raise ValueError(
+                    f"request {request.request_id!r} has {len(places)} placeholders of token {token_id}, "
+                    f"but its media give {found.shape[0]} features"
+                )
+            rows = torch.tensor(places[low:high], device=self.device) + (first_row - start)
+            embeds_TH = embeds_TH.index_copy(0, rows, found[low:high].to(embeds_TH.dtype))
+        return embeds_TH
+
+    def _features(self, media: Media) -> dict[int, Tensor]:
+        """Features by placeholder id, computed by the vision tower the first time they are asked for."""
+        if media.features is None:
+            model: Any = self.model  # a text-only model is never given media
+            config, features = model.config, {}
+            if media.pixel_values is not None:
+                features[config.image_token_index] = model.get_image_features(
+                    media.pixel_values.to(self.device), media.image_grid_thw
+                )
+            if media.pixel_values_videos is not None:
+                features[config.video_token_index] = model.get_video_features(
+                    media.pixel_values_videos.to(self.device), media.video_grid_thw
+                )
+            media.features = features
+        return media.features
+
+
+class _PageTable:
+    """The page table of the last step, kept so that a step of the same requests only writes what is new."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._page_lists: list[list[int]] = []
+        self._counts: list[int] = []
+        self._table = torch.empty(0, 0, dtype=torch.int64)
+
+    def rows(self, requests: Sequence[Request]) -> Tensor:
+        """int64 `[N, max_pages]`; entries past the pages of a request are 0 and carry no meaning."""
+        width = max(len(request.pages) for request in requests)
+        same = len(requests) == len(self._page_lists) and all(
+            # A list is appended to while its request runs, and replaced when pages are taken away.
+            request.pages is known
+            for request, known in zip(requests, self._page_lists)
+        )
+        if not same or width > self._table.shape[1]:
+            self._rebuild(requests, width)
+        else:
+            for row, request in enumerate(requests):
+                for place in range(self._counts[row], len(request.pages)):
+                    self._table[row, place] = request.pages[place]
+                    self._counts[row] = place + 1
+        return self._table[:, :width]
+
+    def _rebuild(self, requests: Sequence[Request], width: int) -> None:
+        width += max(8, width // 4)  # room to grow without another rebuild
+        table = [request.pages + [0] * (width - len(request.pages)) for request in requests]
+        self._table = torch.tensor(table, dtype=torch.int64, device=self.device)
+        self._page_lists = [request.pages for request in requests]
+        self._counts = [len(request.pages) for request in requests]
