@@ -295,6 +295,7 @@ class MiniMaxM3VLVisionConfig:
     rope_theta: float = 1e4
     layer_norm_eps: float = 1e-5
     image_size: int = 2016  # pixels; informative, positions are computed for any size
+    vision_segment_max_frames: int = 4  # temporal patches that attend to each other
     initializer_range: float = 0.02
     model_type: str = VISION_MODEL_TYPES[0]
     extra: Mapping[str, Any] = _bookkeeping()
@@ -303,7 +304,7 @@ class MiniMaxM3VLVisionConfig:
     def __post_init__(self) -> None:
         sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "patch_size")
         merge = ("temporal_patch_size", "spatial_merge_size", "num_channels", "rope_theta")
-        _check_fields(self, "vision_config: ", (*sizes, *merge))
+        _check_fields(self, "vision_config: ", (*sizes, *merge, "vision_segment_max_frames"))
         require_one_of("vision_config: model_type", self.model_type, VISION_MODEL_TYPES)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(

@@ -1,0 +1,24 @@
+"""Checkpoints: the released safetensors layout in and out, lazily, with every key accounted for.
+
+Where to look: `names` (which key holds which parameter), `mxfp8` (the quantized format), `reader` (files and index),
+`loader` (into a model), `writer` (out of one), `folder` (replacing a folder at once), `hub` (a name to a folder).
+"""
+
+from minim3.checkpoint.hub import read_config, read_generation_config, resolve_checkpoint
+from minim3.checkpoint.loader import load_into
+from minim3.checkpoint.mxfp8 import dequantize_mxfp8, quantize_mxfp8
+from minim3.checkpoint.reader import CheckpointReader, has_mtp_tensors, num_mtp_modules_in
+from minim3.checkpoint.writer import write_checkpoint
+
+__all__ = [
+    "CheckpointReader",
+    "dequantize_mxfp8",
+    "has_mtp_tensors",
+    "load_into",
+    "num_mtp_modules_in",
+    "quantize_mxfp8",
+    "read_config",
+    "read_generation_config",
+    "resolve_checkpoint",
+    "write_checkpoint",
+]

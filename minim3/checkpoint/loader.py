@@ -1,0 +1,192 @@
+"""Loading: every tensor of a checkpoint into the parameter it belongs to, one at a time, nothing left over.
+
+First everything is planned from names and shapes alone, so that a checkpoint that does not fit is refused before a byte
+of it is read. Then each tensor goes from the memory map straight into its parameter (or its slice of the stacked
+experts): besides the parameters themselves at most one dequantized tensor is held.
+"""
+
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from minim3.checkpoint.names import (
+    TEXT_PREFIX,
+    VISION_PREFIXES,
+    Placement,
+    is_expert_stack,
+    is_router,
+    placements,
+    released_keys,
+)
+from minim3.checkpoint.progress import ByteProgress
+from minim3.checkpoint.reader import CheckpointReader
+
+_NAMED = 8  # names of each kind that an error lists before it counts the rest
+
+
+@dataclass
+class _Target:
+    """One parameter or persistent buffer. A tied parameter is one target with two slots."""
+
+    tensor: Tensor
+    slots: list[tuple[nn.Module, str]] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+
+    def materialise(self, dtype: torch.dtype, device: torch.device | str) -> None:
+        """Gives a parameter without storage (on the meta device) its storage, unfilled."""
+        if not self.tensor.is_meta:
+            return
+        storage = torch.empty(self.tensor.shape, dtype=dtype, device=device)
+        if isinstance(self.tensor, nn.Parameter):
+            parameter = nn.Parameter(storage, requires_grad=self.tensor.requires_grad)
+            for module, name in self.slots:
+                module._parameters[name] = parameter
+            self.tensor = parameter
+        else:
+            for module, name in self.slots:
+                module._buffers[name] = storage
+            self.tensor = storage
+
+
+def _targets(model: nn.Module) -> dict[str, _Target]:
+    by_id: dict[int, _Target] = {}
+    named: dict[str, _Target] = {}
+    for prefix, module in model.named_modules():
+        own: dict[str, Tensor | None] = {**module._parameters}
+        own |= {name: t for name, t in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for name, tensor in own.items():
+            if tensor is not None:
+                target = by_id.setdefault(id(tensor), _Target(tensor))
+                target.slots.append((module, name))
+                target.names.append(f"{prefix}.{name}" if prefix else name)
+                named[target.names[-1]] = target
+    return named
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name; tied embeddings under the embedding's name, without the head's."""
+    found = {}
+    for name, target in _targets(model).items():
+        embeddings = [other for other in target.names if other.endswith("embed_tokens.weight")]
+        if name == (embeddings or target.names)[0]:
+            found[name] = target.tensor
+    return found
+
+
+@dataclass
+class _Plan:
+    """key -> where it goes, and everything that is wrong."""
+
+    moves: dict[str, list[tuple[Placement, _Target]]] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    twice: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def check(self, path: Path) -> None:
+        """Raises one `ValueError` with all that is wrong."""
+        parts = []
+        for title, names in (
+            ("missing from the checkpoint", self.missing),
+            ("not part of this model", self.unknown),
+            ("of the wrong shape", self.wrong),
+            ("given twice", self.twice),
+        ):
+            if names:
+                more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+                parts.append(f"{len(names)} {title}: {', '.join(names[:_NAMED])}{more}")
+        if parts:
+            raise ValueError(f"{path} does not fit the model: " + "; ".join(parts))
+
+
+def _plan(reader: CheckpointReader, targets: dict[str, _Target], text_only: bool) -> _Plan:
+    plan = _Plan()
+    filled: dict[tuple[str, int | None, int | None], str] = {}
+    for key in reader:
+        if text_only and key.startswith(VISION_PREFIXES):
+            plan.skipped.append(key)
+            continue
+        name = key.removeprefix(TEXT_PREFIX) if text_only else key
+        moves = []
+        for place in placements(name):
+            target = targets.get(place.name)
+            if target is None or (place.expert is not None and place.expert >= target.tensor.shape[0]):
+                plan.unknown.append(key)
+                break
+            source = torch.empty(reader.shape(key), device="meta")
+            wanted, given = place.of_parameter(target.tensor), place.of_key(source)
+            if wanted.shape != given.shape:
+                plan.wrong.append(f"{key} is {list(source.shape)}, the model has {list(wanted.shape)}")
+                continue
+            for cell in _cells(place, target):
+                if cell in filled:
+                    plan.twice.append(f"{key} (also {filled[cell]})")
+                filled[cell] = key
+            moves.append((place, target))
+        plan.moves[key] = moves
+    wrong = {line.split(" is ", 1)[0] for line in plan.wrong}
+    for name, target in targets.items():
+        if any((other, None, None) in filled for other in target.names):
+            continue  # the other name of a tied parameter counts
+        stack = target.tensor.shape[0] if is_expert_stack(name) else None
+        prefix = TEXT_PREFIX if text_only and any(key.startswith(TEXT_PREFIX) for key in plan.moves) else ""
+        for key, place in released_keys(name, stack):
+            whole = place.expert is None
+            cell = (name, None, None) if whole else (name, place.expert, place.half or 0)
+            if cell not in filled and prefix + key not in wrong:
+                plan.missing.append(prefix + key)
+    return plan
+
+
+def _cells(place: Placement, target: _Target) -> list[tuple[str, int | None, int | None]]:
+    """The pieces of a parameter that a placement fills: one, or all pieces of a stack."""
+    if not is_expert_stack(place.name):
+        return [(place.name, None, None)]
+    experts = range(target.tensor.shape[0]) if place.expert is None else [place.expert]
+    halves = (0, 1) if place.half is None and place.name.endswith("w13") else (place.half or 0,)
+    return list(product([place.name], experts, halves))
+
+
+def load_into(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    text_only: bool = False,
+) -> list[str]:
+    """Fills every parameter and persistent buffer of `model` from a local checkpoint folder or safetensors file.
+
+    Parameters on the meta device are allocated on `device` in `dtype` (None: the dtype that the checkpoint stores its
+    token embedding in), the router's in at least fp32; parameters that exist are filled in place and keep their dtype.
+    `text_only` loads the text part of a vision-language checkpoint (or a text-only one) into a text model.
+
+    Returns the keys that `text_only` skipped. Raises `ValueError` naming every key that is missing, unknown or of the
+    wrong shape, before anything is loaded.
+    """
+    targets = _targets(model)
+    with CheckpointReader(path) as reader:
+        plan = _plan(reader, targets, text_only)
+        plan.check(reader.path)
+        if dtype is None:
+            embedding = [key for key in plan.moves if key.endswith("embed_tokens.weight")]
+            dtype = reader.dtype(embedding[0] if embedding else next(iter(plan.moves)))
+        with torch.no_grad(), ByteProgress(f"Loading {reader.path.name}", reader.num_bytes()) as progress:
+            filled: dict[int, str] = {}
+            for key, moves in plan.moves.items():
+                tensor = reader.read(key)
+                for place, target in moves:
+                    router = is_router(place.name) and dtype != torch.float64
+                    target.materialise(torch.float32 if router else dtype, device)
+                    view, part = place.of_parameter(target.tensor), place.of_key(tensor)
+                    first = filled.setdefault(id(target), place.name)
+                    if first != place.name and not torch.equal(view, part.to(view)):
+                        raise ValueError(f"{key} differs from {first}, but the model ties the two")
+                    view.copy_(part)
+                progress.advance(tensor.nbytes)
+                del tensor
+    return plan.skipped
