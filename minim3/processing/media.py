@@ -249,7 +249,7 @@ def channels_to_rgb(levels: torch.Tensor) -> torch.Tensor:
     if levels.shape[0] == 1:
         return levels.expand(3, -1, -1)
     if levels.shape[0] == 4:
-        values = levels.to(torch.float32) / 255
+        values = levels.to(torch.float32) * (1 / 255)
         alpha = values[3:]
         # 255.999 and truncation instead of rounding: the levels transformers gives for RGBA arrays.
         return ((values[:3] * alpha + (1 - alpha)) * 255.999).to(torch.uint8)
