@@ -232,7 +232,7 @@ def test_transparency_is_laid_on_white() -> None:
         assert picture[:, 0, 0].tolist() == [255, 255, 255]
         assert picture[:, 0, 20].tolist() == [10, 20, 30]
     half = torch.tensor([[[10, 200, 0, 128]]], dtype=torch.uint8).expand(8, 8, 4)
-    assert load_picture(half)[:, 0, 0].tolist() == [132, 227, 127]  # as transformers blends RGBA arrays
+    assert load_picture(half)[:, 0, 0].tolist() == [132, 228, 127]  # as transformers blends RGBA arrays
     grey_alpha = Image.merge("LA", (Image.new("L", (8, 8), 50), Image.new("L", (8, 8), 0)))
     assert load_picture(grey_alpha)[:, 0, 0].tolist() == [255] * 3
     palette = Image.new("P", (8, 8), 1)
