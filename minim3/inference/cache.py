@@ -23,7 +23,6 @@ from minim3.config import MiniMaxM3VLTextConfig
 from minim3.inference.request import Request
 from minim3.model.batch import LayerPages
 
-
 PAGE_SIZE_WITHOUT_BLOCKS = 128
 
 
@@ -194,11 +193,13 @@ class PagedCache:
         self._free.extend(reversed(fresh))
 
     def _larger(self, shape: tuple[int, ...], old: torch.Tensor | None) -> torch.Tensor:
-        # Not zeroed: pages that are never used are then never touched, and cost no memory on the CPU.
-        stored = torch.empty(shape, dtype=self.dtype, device=self.device)
-        if old is not None:
-            stored[: old.shape[0]] = old
-        return stored
+        # Plain tensors wherever the pool grows: those made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            # Not zeroed: pages that are never used are then never touched, and cost no memory on the CPU.
+            stored = torch.empty(shape, dtype=self.dtype, device=self.device)
+            if old is not None:
+                stored[: old.shape[0]] = old
+            return stored
 
 
 def bytes_per_token(config: MiniMaxM3VLTextConfig, dtype: torch.dtype = torch.bfloat16) -> int:
