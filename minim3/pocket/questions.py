@@ -242,29 +242,37 @@ def offset(direction: str, item: SceneObject, other: SceneObject) -> float:
 def _ask_relation(scene: Scene, kind: str, rng: np.random.Generator, held_out_pair: bool) -> Made:
     """One of the three forms of a relation question, about objects that colour and shape name uniquely."""
     nameable = [item for item in scene.objects if Look(colour=item.colour, shape=item.shape).count(scene) == 1]
-    if len(nameable) < 2:
-        return None
     form = _pick(rng, list(RELATION_FORMS))
-    direction = _pick(rng, list(RELATION_WORDS))
-    one, two = (nameable[index] for index in rng.choice(len(nameable), size=2, replace=False))
-    rel = _pick(rng, list(RELATION_WORDS[direction]))
-    if form == "relation_what":
-        there = [item for item in scene.objects if offset(direction, item, one) > -CLEARLY_NOT and item is not one]
-        if len(there) != 1 or there[0] not in nameable or offset(direction, there[0], one) < RELATION_MARGIN:
-            return None
-        two = there[0]
-        slots, answer = {"rel": rel, "one": _name(one)}, _name(two)
-    elif abs(offset(direction, one, two)) < RELATION_MARGIN:
+    found: list[tuple[str, SceneObject, SceneObject]] = []
+    for direction in RELATION_WORDS:
+        for one in nameable:
+            if form == "relation_what":
+                two = _only_one(scene, direction, one)
+                others = [] if two is None or two not in nameable else [two]
+            else:
+                others = [two for two in nameable if abs(offset(direction, one, two)) >= RELATION_MARGIN]
+            for two in others:
+                if (one.pair in HELD_OUT_PAIRS or two.pair in HELD_OUT_PAIRS) == held_out_pair:
+                    found.append((direction, one, two))
+    if not found:
         return None
-    elif form == "relation_is":
-        slots = {"rel": rel, "one": _name(one), "two": _name(two)}
-        answer = "yes" if offset(direction, one, two) > 0 else "no"
+    direction, one, two = _pick(rng, found)
+    slots = {"one": _name(one), "two": _name(two), "rel": _pick(rng, list(RELATION_WORDS[direction]))}
+    slots["comp"] = _pick(rng, list(COMPARISON_WORDS[direction]))
+    is_there = offset(direction, one, two) > 0
+    if form == "relation_is":
+        answer = "yes" if is_there else "no"
+    elif form == "relation_which":
+        answer = _name(one if is_there else two)
     else:
-        slots = {"comp": _pick(rng, list(COMPARISON_WORDS[direction])), "one": _name(one), "two": _name(two)}
-        answer = _name(one if offset(direction, one, two) > 0 else two)
-    if (one.pair in HELD_OUT_PAIRS or two.pair in HELD_OUT_PAIRS) != held_out_pair:
-        return None
+        answer = _name(two)
     return form, slots, answer
+
+
+def _only_one(scene: Scene, direction: str, one: SceneObject) -> SceneObject | None:
+    """The object in `direction` of `one`, where one lies clearly there and all others clearly do not."""
+    there = [item for item in scene.objects if item is not one and offset(direction, item, one) > -CLEARLY_NOT]
+    return there[0] if len(there) == 1 and offset(direction, there[0], one) >= RELATION_MARGIN else None
 
 
 def _name(item: SceneObject) -> str:

@@ -1,6 +1,6 @@
 """Builds pocket's tokenizer: byte-level BPE in which every word of pocket's world is one token.
 
-Merges come in two parts. The first are learnt from a small corpus (the world's own text and some plain English), by
+Merges come in two parts. The first are learnt from a small corpus (the world's words and some plain English), by
 the usual rule: join the most frequent pair. The second part completes each word of the world, one after the other, to
 a single token, with and without a leading space. A merge added late never undoes an earlier one, since BPE applies
 merges in the order of their rank; so each completed word stays complete.
@@ -14,13 +14,12 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from minim3.pocket import text_tasks
-from minim3.pocket.questions import KINDS, NUMBER_WORDS, Look, ask, describe
+from minim3.pocket.questions import NUMBER_WORDS, Look
 from minim3.pocket.wordings import COMPARISON_WORDS, DESCRIBE_WORDINGS, PICTURE_WORDINGS, RELATION_WORDS, TEXT_WORDINGS
-from minim3.pocket.world import COLOURS, PICTURE_SIZE, SHAPES, SIZES, random_scene
+from minim3.pocket.world import COLOURS, PICTURE_SIZE, SHAPES, SIZES
 
 # In the order of their ids, which follow the ids of the text tokens.
 SPECIAL_TOKENS = (
@@ -114,14 +113,8 @@ def world_words() -> list[str]:
 
 def _corpus_counts() -> Counter[str]:
     """How often each word (with its leading space, spelt in byte characters) occurs in the corpus."""
-    rng = np.random.default_rng(0)
-    lines = [PLAIN_ENGLISH.replace("\n", " ")] * 4
-    for _ in range(150):
-        scene = random_scene(rng)
-        questions = [question for kind in KINDS if (question := ask(scene, kind, rng)) is not None]
-        questions += [describe(scene, rng), text_tasks.small_talk(rng)]
-        lines += [text for question in questions for text in (question.text, question.answer)]
-    lines += [text_tasks.ask_text(kind, rng).text for kind in text_tasks.TEXT_KINDS for _ in range(10)]
+    lines = [PLAIN_ENGLISH.replace("\n", " ")] * 2 + [" ".join(world_words())]
+    lines += [text for prompts, answer in text_tasks.SMALL_TALK for text in (*prompts, answer)]
     return Counter(word.replace(" ", "Ġ") for line in lines for word in re.findall(r" ?[A-Za-z]+", line))
 
 

@@ -29,7 +29,7 @@ PICTURE_WORDINGS: dict[str, Wordings] = {
             "Look at {the}. What colour is it?",
             "Can you tell me what colour {the} has?",
         ),
-        held_out=("Tell me which colour {the} has.", "Can you name the colour of {the}?"),
+        held_out=("Tell me which colour {the} has.", "Can you tell me the colour of {the}?"),
     ),
     "shape": Wordings(
         trained=(
@@ -42,7 +42,7 @@ PICTURE_WORDINGS: dict[str, Wordings] = {
             "Look at {the}. What shape is it?",
             "Can you tell me what shape {the} has?",
         ),
-        held_out=("Tell me which shape {the} has.", "Can you name the shape of {the}?"),
+        held_out=("Tell me which shape {the} has.", "Can you tell me the shape of {the}?"),
     ),
     "size": Wordings(
         trained=(

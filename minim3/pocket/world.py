@@ -6,7 +6,8 @@ generator that is passed in, so a seed names a picture for good. No torch here: 
 What makes a picture unambiguous, for a person as for a model:
   * the three sizes lie far apart (13-15, 22-25 and 33-36 pixels across);
   * boxes of objects keep a gap of `MIN_GAP` pixels, and no two centres share a row or a column within `MIN_OFFSET`;
-  * backgrounds are pale or dark and hardly saturated, objects are saturated.
+  * backgrounds are pale or dark and hardly saturated, objects are saturated, and the two lie about `MIN_CONTRAST` or
+    more apart in RGB (black and white: 442).
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ PICTURE_SIZE = 112
 MAX_OBJECTS = 6
 MIN_GAP = 3
 MIN_OFFSET = 3
+MIN_CONTRAST = 95.0
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = {
@@ -110,7 +112,10 @@ def random_scene(rng: np.random.Generator, *, num_objects: int | None = None, pa
     for (colour, shape), size, box, shift in zip(looks, sizes, boxes, jitter.tolist()):
         red, green, blue = (min(255, max(0, base + delta)) for base, delta in zip(COLOURS[colour], shift))
         objects.append(SceneObject(colour, shape, names[size], *box, (red, green, blue)))
-    return Scene(tuple(objects), _random_background(rng))
+    background = _random_background(rng)
+    while _contrast(background, objects) < MIN_CONTRAST:
+        background = _random_background(rng)
+    return Scene(tuple(objects), background)
 
 
 def _random_pairs(rng: np.random.Generator, count: int, pairs: PairSet) -> list[tuple[str, str]]:
@@ -174,6 +179,14 @@ def _random_background(rng: np.random.Generator) -> Background:
         int(rng.integers(5, 15)),
         int(rng.integers(2**31)),
     )
+
+
+def _contrast(background: Background, objects: list[SceneObject]) -> float:
+    """Least distance in RGB between an object and a colour of the background, at the ends of what each kind mixes."""
+    first, second = np.array(background.first, float), np.array(background.second, float)
+    mixed = np.stack([first + weight * (second - first) for weight in (-0.5, 0, 1, 2)])
+    colours = np.array([item.rgb for item in objects], float)
+    return float(np.linalg.norm(mixed[:, None] - colours[None], axis=-1).min())
 
 
 def draw(scene: Scene) -> np.ndarray:

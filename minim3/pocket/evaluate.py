@@ -1,0 +1,279 @@
+"""How well a model answers in pocket's world: fresh pictures and text tasks, counted by kind.
+
+`evaluate` asks any function that answers questions, so that whatever can talk can be measured. From the command line,
+`python -m minim3.pocket.evaluate` asks a checkpoint (greedy) and prints its report as JSON on the last line.
+
+The questions are fresh: evaluation draws from a stream of random numbers that training never draws from, at any seed.
+Of the picture questions, 70% are of the kind training shows, 15% come in a held-out wording, and 15% are about a
+held-out pair of colour and shape; kinds are balanced within each of the three.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minim3.pocket.questions import KINDS, Question, ask, is_right
+from minim3.pocket.source import EVALUATION_STREAM
+from minim3.pocket.text_tasks import TEXT_KINDS, ask_text
+from minim3.pocket.world import Scene, draw, random_scene
+
+GROUPS = ("trained", "held_out_wording", "held_out_pair")
+# One round of 20 questions of each kind; a text task has no pairs.
+_PICTURE_ROUND = ("trained",) * 14 + ("held_out_wording",) * 3 + ("held_out_pair",) * 3
+_TEXT_ROUND = ("trained",) * 4 + ("held_out_wording",)
+
+# In percent, points for `max_drop`: what pocket has to reach.
+BARS = {"picture": 92.0, "kind": 80.0, "relation": 70.0, "text": 95.0, "max_drop": 8.0}
+
+Prompt = tuple[np.ndarray | None, str]
+AnswerFunction = Callable[[Sequence[Prompt]], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A question of the evaluation; `scene` is None for a text task."""
+
+    question: Question
+    scene: Scene | None
+
+    @property
+    def group(self) -> str:
+        if self.question.held_out_pair:
+            return "held_out_pair"
+        return "held_out_wording" if self.question.held_out_wording else "trained"
+
+    def prompt(self) -> Prompt:
+        """The picture (uint8 [112, 112, 3]) or None, and the text."""
+        return (None if self.scene is None else draw(self.scene)), self.question.text
+
+
+def fresh_questions(seed: int, n: int, *, groups: Sequence[str] = _PICTURE_ROUND) -> list[Case]:
+    """`n` picture questions, each about a picture of its own, kinds in turn.
+
+    `groups` (out of GROUPS) is gone through in turn as well: ("held_out_pair",) asks about held-out pairs alone.
+    """
+    _check_groups(groups, GROUPS)
+    return [_picture_case(seed, index, groups) for index in range(n)]
+
+
+def fresh_text_tasks(seed: int, n: int, *, groups: Sequence[str] = _TEXT_ROUND) -> list[Case]:
+    """`n` text tasks, kinds in turn; `groups` as in `fresh_questions`, without "held_out_pair"."""
+    _check_groups(groups, GROUPS[:2])
+    cases = []
+    for index in range(n):
+        rng = np.random.default_rng([EVALUATION_STREAM, seed, 1, index])
+        group = groups[index // len(TEXT_KINDS) % len(groups)]
+        kind = TEXT_KINDS[index % len(TEXT_KINDS)]
+        cases.append(Case(ask_text(kind, rng, held_out_wording=group == "held_out_wording"), None))
+    return cases
+
+
+def _check_groups(groups: Sequence[str], known: Sequence[str]) -> None:
+    unknown = sorted(set(groups) - set(known))
+    if unknown or not groups:
+        raise ValueError(f"groups is {tuple(groups)}; it needs at least one of {tuple(known)} and no other")
+
+
+def _picture_case(seed: int, index: int, groups: Sequence[str]) -> Case:
+    rng = np.random.default_rng([EVALUATION_STREAM, seed, 0, index])
+    group = groups[index // len(KINDS) % len(groups)]
+    held_out_pair = group == "held_out_pair"
+    while True:  # some scenes have no unambiguous question of the kind
+        scene = random_scene(rng, pairs="held_out" if held_out_pair else "trained")
+        question = ask(
+            scene,
+            KINDS[index % len(KINDS)],
+            rng,
+            held_out_wording=group == "held_out_wording",
+            held_out_pair=held_out_pair,
+        )
+        if question is not None:
+            return Case(question, scene)
+
+
+def score(cases: Sequence[Case], answers: Sequence[str]) -> dict[str, Any]:
+    """Counts right answers; accuracies are in percent, as shares of `num` questions.
+
+    Returns {"accuracy", "num", "by_kind", "by_group", "by_form", "wrong"}; the `by_` entries map a name to
+    {"accuracy", "num"}, and "wrong" lists up to 20 mistakes in words.
+    """
+    if len(cases) != len(answers):
+        raise ValueError(f"{len(answers)} answers for {len(cases)} questions: one answer is needed for each")
+    right = [is_right(case.question, answer) for case, answer in zip(cases, answers)]
+    mistakes = (
+        {"question": case.question.text, "expected": case.question.answer, "answer": answer}
+        for case, answer, is_good in zip(cases, answers, right)
+        if not is_good
+    )
+    return {
+        **_accuracy(right),
+        "by_kind": _by_name((case.question.kind for case in cases), right),
+        "by_group": _by_name((case.group for case in cases), right),
+        "by_form": _by_name((case.question.form for case in cases), right),
+        "wrong": list(islice(mistakes, 20)),
+    }
+
+
+def _accuracy(right: Sequence[bool]) -> dict[str, Any]:
+    return {"accuracy": round(100 * sum(right) / len(right), 2) if right else None, "num": len(right)}
+
+
+def _by_name(names: Iterable[str], right: Sequence[bool]) -> dict[str, dict[str, Any]]:
+    found: dict[str, list[bool]] = {}
+    for name, is_good in zip(names, right):
+        found.setdefault(name, []).append(is_good)
+    return {name: _accuracy(found[name]) for name in sorted(found)}
+
+
+def evaluate(
+    answer_fn: AnswerFunction,
+    n: int = 4000,
+    seed: int = 0,
+    *,
+    num_text_tasks: int = 900,
+    batch_size: int = 50,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Asks `n` picture questions and `num_text_tasks` text tasks, `batch_size` at a time, and scores the answers.
+
+    `answer_fn` gets (picture or None, text) pairs and returns as many strings. `progress(done, all)` is called after
+    each batch. Returns {"pictures": ..., "text": ..., "claims": ...}: two scores (see `score`) and `claims` of them.
+    """
+    pictures, texts = fresh_questions(seed, n), fresh_text_tasks(seed, num_text_tasks)
+    cases, answers = pictures + texts, []
+    for start in range(0, len(cases), batch_size):
+        batch = cases[start : start + batch_size]
+        got = list(answer_fn([case.prompt() for case in batch]))
+        if len(got) != len(batch):
+            raise ValueError(f"the answer function gave {len(got)} answers to {len(batch)} questions")
+        answers += got
+        if progress is not None:
+            progress(len(answers), len(cases))
+    report = {
+        "seed": seed,
+        "pictures": score(pictures, answers[: len(pictures)]),
+        "text": score(texts, answers[len(pictures) :]),
+    }
+    return {**report, "claims": claims(report)}
+
+
+def claims(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """What pocket promises, beside what was measured. What was not asked is not claimed."""
+    rows: list[tuple[str, float, float, str, bool]] = []
+
+    def at_least(claim: str, bar: float, measured: float | None) -> None:
+        if measured is not None:
+            rows.append((claim, bar, measured, "%", measured >= bar))
+
+    for part, kind_bar in (("pictures", BARS["kind"]), ("text", None)):
+        result = report[part]
+        at_least(f"{part}: right answers", BARS["picture" if part == "pictures" else "text"], result["accuracy"])
+        if kind_bar is not None:
+            for kind, entry in result["by_kind"].items():
+                at_least(f"{part}: {kind}", BARS.get(kind, kind_bar), entry["accuracy"])
+            trained = result["by_group"].get("trained")
+            for group in GROUPS[1:]:
+                held_out = result["by_group"].get(group)
+                if trained and held_out:
+                    drop = round(trained["accuracy"] - held_out["accuracy"], 2)
+                    bar = BARS["max_drop"]
+                    rows.append((f"{part}: {group} below trained", bar, drop, "points", drop <= bar))
+    return [dict(zip(("claim", "bar", "measured", "unit", "pass"), row)) for row in rows]
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as lines of text for a person."""
+    lines = []
+    for part in ("pictures", "text"):
+        result = report[part]
+        lines.append(f"{part:<28}{_cell(result)}")
+        for by in ("by_kind", "by_form", "by_group"):
+            for name, entry in result[by].items():
+                if by != "by_form" or name not in result["by_kind"]:
+                    lines.append(f"  {name:<26}{_cell(entry)}")
+    failed = [claim["claim"] for claim in report["claims"] if not claim["pass"]]
+    lines.append("every bar is met" if not failed else "below the bar: " + "; ".join(failed))
+    return "\n".join(lines)
+
+
+def _cell(entry: dict[str, Any]) -> str:
+    return f"{entry['accuracy']:7.2f}%  of {entry['num']}" if entry["num"] else "      -"
+
+
+def model_answers(model: Any, processor: Any, *, max_new_tokens: int = 64) -> AnswerFunction:
+    """Greedy answers of a model and its processor, as `minim3.load` returns them; a batch is one call of `generate`.
+
+    What counts is all the text of the turn: control tokens are left out, a thought before the answer is not.
+    """
+
+    def answer(prompts: Sequence[Prompt]) -> list[str]:
+        conversations = []
+        for picture, text in prompts:
+            content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+            if picture is not None:
+                content.insert(0, {"type": "image", "image": picture})
+            conversations.append([{"role": "user", "content": content}])
+        inputs = processor.apply_chat_template(conversations).to(model.lm_head.weight.device)
+        output = model.generate(
+            **inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=processor.tokenizer.eos_token_id
+        )
+        new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [processor.tokenizer.decode(ids, skip_special_tokens=True) for ids in new_tokens]
+
+    return answer
+
+
+def _progress_lines() -> Callable[[int, int], None]:
+    last = [time.monotonic()]
+
+    def show(done: int, total: int) -> None:
+        if time.monotonic() - last[0] > 10 or done == total:
+            last[0] = time.monotonic()
+            print(f"{done} of {total} questions answered", file=sys.stderr)
+
+    return show
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; exits with 0 when every bar is met, with 1 when not."""
+    parser = argparse.ArgumentParser(prog="python -m minim3.pocket.evaluate", description=main.__doc__)
+    parser.add_argument("--model", help="checkpoint folder or hub id (default: pocket)")
+    parser.add_argument("--num", type=int, default=4000, help="picture questions")
+    parser.add_argument("--num-text", type=int, default=900, help="text tasks")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=50)
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--json", type=Path, help="also write the report to this file")
+    options = parser.parse_args(arguments)
+
+    import minim3
+
+    model, processor = minim3.load(options.model, device=options.device)
+    started = time.monotonic()
+    report = evaluate(
+        model_answers(model, processor),
+        options.num,
+        options.seed,
+        num_text_tasks=options.num_text,
+        batch_size=options.batch_size,
+        progress=_progress_lines(),
+    )
+    report["seconds"] = round(time.monotonic() - started, 1)
+    print(table(report))
+    text = json.dumps(report)
+    if options.json:
+        options.json.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0 if all(claim["pass"] for claim in report["claims"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
