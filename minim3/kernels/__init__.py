@@ -1,0 +1,158 @@
+"""One function per op; which implementation runs is chosen here, by device and dtype, and nowhere else.
+
+Shapes and meaning: the docstrings in `minim3.kernels.reference`, which is the definition of every op. All take
+`implementation`: "reference" (dense, obvious, slow), "portable" (fast plain PyTorch, any device), or None for the
+choice of `resolve`. T packed queries, S packed keys, N sequences; lengths are int32 tensors or sequences of integers.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from minim3.kernels import portable, reference
+from minim3.kernels.sequences import Lengths
+
+__all__ = [
+    "block_sparse_attention",
+    "block_sparse_attention_paged",
+    "grouped_experts",
+    "implementations",
+    "indexer_kl",
+    "paged_attention",
+    "resolve",
+    "select_blocks",
+    "select_blocks_paged",
+    "varlen_attention",
+]
+
+_MODULES: dict[str, ModuleType] = {"portable": portable, "reference": reference}
+_PLANNED = ("triton",)
+
+
+def implementations() -> tuple[str, ...]:
+    """Names of the implementations that can run here, the preferred first."""
+    return tuple(_MODULES)
+
+
+def resolve(implementation: str | None, op: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """Name of the implementation that runs `op` on `device` in `dtype`.
+
+    Raises `ValueError` for a request that cannot be met: there is no silent fallback.
+    """
+    if implementation is None:
+        return "portable"
+    if implementation not in _MODULES:
+        state = "is not available in this version" if implementation in _PLANNED else "is unknown"
+        raise ValueError(
+            f"implementation={implementation!r} {state} for {op} on {device} in {dtype}; "
+            f"available: {', '.join(_MODULES)} (or None to choose automatically)"
+        )
+    return implementation
+
+
+def _module(implementation: str | None, op: str, tensor: Tensor) -> ModuleType:
+    return _MODULES[resolve(implementation, op, tensor.device, tensor.dtype)]
+
+
+def _check_heads(q: Tensor, k_heads: int, block_indices: Tensor | None) -> None:
+    if q.shape[1] % k_heads:
+        raise ValueError(f"{q.shape[1]} query heads cannot share {k_heads} KV heads evenly; pass a multiple")
+    if block_indices is not None and block_indices.shape[:2] != (q.shape[0], k_heads):
+        raise ValueError(
+            f"block_indices has shape {tuple(block_indices.shape)}; it needs [tokens, KV heads, k] = "
+            f"[{q.shape[0]}, {k_heads}, k]"
+        )
+
+
+def select_blocks(
+    index_q: Tensor, index_k: Tensor, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *, q_offset: Lengths | None = None,
+    block_size: int, topk_blocks: int, init_blocks: int = 0, local_blocks: int = 1, score_type: str = "max",
+    scale: float | None = None, implementation: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Choose key blocks: `index_q` `[T, Hi, Di]`, `index_k` `[S, Di]` -> int32 `[T, Hi, topk_blocks]`."""
+    return _module(implementation, "select_blocks", index_q).select_blocks(
+        index_q, index_k, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, block_size=block_size,
+        topk_blocks=topk_blocks, init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
+    )  # fmt: skip
+
+
+def select_blocks_paged(
+    index_q: Tensor, index_k_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
+    block_size: int, topk_blocks: int, init_blocks: int = 0, local_blocks: int = 1, score_type: str = "max",
+    scale: float | None = None, implementation: str | None = None,
+) -> Tensor:  # fmt: skip
+    """`select_blocks` over index key pages `[P, page, Di]`; `page_table[n]` lists those of sequence n."""
+    return _module(implementation, "select_blocks_paged", index_q).select_blocks_paged(
+        index_q, index_k_pages, page_table, lengths_k, cu_seqlens_q, block_size=block_size, topk_blocks=topk_blocks,
+        init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
+    )  # fmt: skip
+
+
+def block_sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *,
+    q_offset: Lengths | None = None, block_size: int, scale: float | None = None, implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attend the selected blocks: `[T, Hq, D]`, `[S, Hkv, D]`, `[T, Hkv, K]` -> (out `[T, Hq, D]`, lse `[T, Hq]`)."""
+    _check_heads(q, k.shape[1], block_indices)
+    return _module(implementation, "block_sparse_attention", q).block_sparse_attention(
+        q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, block_size=block_size, scale=scale
+    )
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *, q_offset: Lengths | None = None,
+    causal: bool = True, scale: float | None = None, implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Dense attention within each sequence: `[T, Hq, D]`, `[S, Hkv, D]` -> (out `[T, Hq, D]`, lse `[T, Hq]`)."""
+    _check_heads(q, k.shape[1], None)
+    return _module(implementation, "varlen_attention", q).varlen_attention(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, causal=causal, scale=scale
+    )
+
+
+def block_sparse_attention_paged(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, block_indices: Tensor,
+    cu_seqlens_q: Lengths, *, block_size: int, scale: float | None = None, implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`block_sparse_attention` over pages `[P, Hkv, page, D]`; `lengths_k` counts the new tokens too (no gradient)."""
+    _check_heads(q, k_pages.shape[1], block_indices)
+    return _module(implementation, "block_sparse_attention_paged", q).block_sparse_attention_paged(
+        q, k_pages, v_pages, page_table, lengths_k, block_indices, cu_seqlens_q, block_size=block_size, scale=scale
+    )
+
+
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
+    scale: float | None = None, implementation: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Dense causal attention over pages `[P, Hkv, page, D]`; `lengths_k` counts the new tokens too (no gradient)."""
+    _check_heads(q, k_pages.shape[1], None)
+    return _module(implementation, "paged_attention", q).paged_attention(
+        q, k_pages, v_pages, page_table, lengths_k, cu_seqlens_q, scale=scale
+    )
+
+
+def indexer_kl(
+    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, block_indices: Tensor | None, cu_seqlens_q: Lengths,
+    cu_seqlens_k: Lengths, *, q_offset: Lengths | None = None, block_size: int, scale: float | None = None,
+    index_scale: float | None = None, implementation: str | None = None,
+) -> Tensor:  # fmt: skip
+    """KL of index attention from main attention, mean over tokens and heads; gradient to the indexer only."""
+    _check_heads(q, k.shape[1], block_indices)
+    if index_q.shape[1] != k.shape[1]:
+        raise ValueError(f"{index_q.shape[1]} index heads for {k.shape[1]} KV heads; the indexer needs one per KV head")
+    return _module(implementation, "indexer_kl", q).indexer_kl(
+        q, k, index_q, index_k, block_indices, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, block_size=block_size,
+        scale=scale, index_scale=index_scale,
+    )  # fmt: skip
+
+
+def grouped_experts(
+    x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weights: Tensor, *, alpha: float, limit: float,
+    beta: float = 1.0, implementation: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Weighted sum of each token's experts: `x` `[T, hidden]`, ids and weights `[T, K]` -> `[T, hidden]`."""
+    return _module(implementation, "grouped_experts", x).grouped_experts(
+        x, w13, w2, expert_ids, expert_weights, alpha=alpha, limit=limit, beta=beta
+    )
