@@ -25,8 +25,8 @@ VOCABULARY = 97
 CONFIG = MiniMaxM3VLTextConfig(
     vocab_size=VOCABULARY, hidden_size=1, num_hidden_layers=2, num_attention_heads=1, num_key_value_heads=1, head_dim=4,
     rotary_dim=2, max_position_embeddings=60, intermediate_size=4, dense_intermediate_size=4,
-    shared_intermediate_size=4, num_local_experts=2, num_experts_per_tok=1, layer_types=("full_attention", "minimax_m3_sparse"), index_n_heads=1,
-    index_head_dim=4, index_block_size=4, index_topk_blocks=2, eos_token_id=2,
+    shared_intermediate_size=4, num_local_experts=2, num_experts_per_tok=1, index_n_heads=1, index_head_dim=4,
+    index_block_size=4, index_topk_blocks=2, eos_token_id=2, layer_types=("full_attention", "minimax_m3_sparse"),
 )  # fmt: skip
 
 

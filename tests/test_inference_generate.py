@@ -1,0 +1,456 @@
+"""`generate` on real models: golden tokens, and answers that depend on nothing but their own prompt."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch import Tensor
+
+from minim3 import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration, MiniMaxM3VLTextConfig
+from minim3.inference.engine import Engine
+from minim3.inference.generate import GenerateOutput, generate
+from minim3.inference.request import SamplingParams
+
+GOLDEN = Path(__file__).parent / "golden"
+CLOSE = 1e-4  # where the top two logits lie closer than this, either token is right
+VOCABULARY = 61
+
+
+def make_model(seed: int = 0, **changes: Any) -> MiniMaxM3SparseForCausalLM:
+    """Two dense-attention and two sparse layers, blocks of 4, small budgets, weights large enough for clear answers."""
+    fields: dict[str, Any] = {
+        "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "rotary_dim": 8, "rope_theta": 1e4, "max_position_embeddings": 160,
+        "intermediate_size": 24, "dense_intermediate_size": 48, "shared_intermediate_size": 24, "num_local_experts": 4,
+        "num_experts_per_tok": 2, "index_n_heads": 2, "index_head_dim": 16, "index_block_size": 4,
+        "index_topk_blocks": 3, "initializer_range": 0.15, "eos_token_id": 2,
+        "layer_types": ("full_attention", "minimax_m3_sparse", "full_attention", "minimax_m3_sparse"),
+        "mlp_layer_types": ("dense", "sparse", "sparse", "sparse"), **changes,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    return MiniMaxM3SparseForCausalLM.from_config(MiniMaxM3VLTextConfig(**fields)).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> MiniMaxM3SparseForCausalLM:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def golden_model() -> MiniMaxM3SparseForConditionalGeneration:
+    return MiniMaxM3SparseForConditionalGeneration.from_pretrained(GOLDEN / "vl_tiny", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def golden() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "vl_tiny_expected.safetensors")
+
+
+MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+
+
+@torch.no_grad()
+def tokens_without_cache(model: MiniMaxM3SparseForCausalLM, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens by computing the whole sequence anew for each."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@torch.no_grad()
+def count_close_calls(model: MiniMaxM3SparseForCausalLM, prompt: list[int], one: list[int], other: list[int]) -> int:
+    """0 where both answers are equal; 1 where they part at two logits within 1e-4; an assertion fails otherwise."""
+    assert len(one) == len(other)
+    for place, (a, b) in enumerate(zip(one, other, strict=True)):
+        if a != b:
+            logits = model(torch.tensor([prompt + one[:place]])).logits[0, -1]
+            best = logits.topk(2).values
+            assert {a, b} == set(logits.topk(2).indices.tolist()), (place, one, other)
+            assert best[0] - best[1] < CLOSE, (place, one, other)
+            return 1
+    return 0
+
+
+def pad(prompts: list[list[int]], side: str, width: int) -> tuple[Tensor, Tensor]:
+    """`[B, width]` ids and mask; the padding is an ordinary id, so that only the mask tells."""
+    ids = torch.full((len(prompts), width), 7)
+    mask = torch.zeros(len(prompts), width, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        first = {"left": width - len(prompt), "right": 0, "middle": (width - len(prompt)) // 2}[side]
+        ids[row, first : first + len(prompt)] = torch.tensor(prompt)
+        mask[row, first : first + len(prompt)] = 1
+    return ids, mask
+
+
+# Golden
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"prefill_chunk": 7}, {"shuffle_pages_seed": 0},
+     {"prefill_chunk": 7, "shuffle_pages_seed": 1, "page_size": 5}],
+    ids=["whole", "chunked at 7", "pages shuffled", "chunked at 7, pages shuffled and of 5"],
+)  # fmt: skip
+def test_golden_tokens(
+    golden_model: MiniMaxM3SparseForConditionalGeneration, golden: dict[str, Tensor], options: dict[str, int]
+) -> None:
+    """Prompt with an image and a video, 40 greedy tokens of transformers.
+
+    Chunks of 7 cut through both media; pages of 5 beside blocks of 8 are pitfall 7, shuffled pages pitfall 6.
+    """
+    out = golden_model.generate(
+        golden["input_ids"], **{name: golden[name] for name in MEDIA},
+        do_sample=False, max_new_tokens=40, eos_token_id=None, **options,
+    )  # fmt: skip
+    assert torch.equal(out, golden["generated"])
+
+
+@torch.no_grad()
+def test_golden_tokens_without_cache(
+    golden_model: MiniMaxM3SparseForConditionalGeneration, golden: dict[str, Tensor]
+) -> None:
+    ids = golden["input_ids"]
+    media = {name: golden[name] for name in MEDIA}
+    prompt_embeds = golden_model.embed_packed(ids[0], **media)[None]
+    for _ in range(40):
+        new = ids[:, prompt_embeds.shape[1] :]
+        embeds = torch.cat([prompt_embeds, golden_model.get_input_embeddings()(new)], 1)
+        ids = torch.cat([ids, golden_model(inputs_embeds=embeds).logits[:, -1].argmax(-1, keepdim=True)], 1)
+    assert torch.equal(ids, golden["generated"])
+
+
+def test_media_are_dealt_to_the_rows_that_hold_their_placeholders(
+    golden_model: MiniMaxM3SparseForConditionalGeneration, golden: dict[str, Tensor]
+) -> None:
+    """Rows of a batch with other media than their neighbours, padded on both sides, answer as they do alone."""
+    config = golden_model.config
+    image, video = config.image_token_index, config.video_token_index
+    whole = golden["input_ids"][0].tolist()
+    prompts = [
+        [5, 6, 7],
+        whole,
+        [9, *[image] * 6, 10, *[image] * 4, 11],
+        [12, *[video] * 8, 13],
+        [14, 15],
+    ]
+    generator = torch.Generator().manual_seed(0)
+    extra = torch.randn(6 * 4 + 4 * 4, 1176, generator=generator)
+    extra_video = torch.randn(8 * 4, 1176, generator=generator)
+    grids = torch.tensor([[1, 6, 4], [1, 4, 4]])
+    video_grid = torch.tensor([[2, 4, 4]])
+    alone = [
+        golden_model.generate(torch.tensor([prompt]), max_new_tokens=6, eos_token_id=None, **media)[0, len(prompt) :]
+        for prompt, media in zip(
+            prompts,
+            [
+                {},
+                {name: golden[name] for name in MEDIA},
+                {"pixel_values": extra, "image_grid_thw": grids},
+                {"pixel_values_videos": extra_video, "video_grid_thw": video_grid},
+                {},
+            ],
+            strict=True,
+        )
+    ]
+    for side in ("left", "right", "middle"):
+        ids, mask = pad(prompts, side, 93)
+        out = golden_model.generate(
+            ids, attention_mask=mask, max_new_tokens=6, eos_token_id=None, prefill_chunk=50,
+            pixel_values=torch.cat([golden["pixel_values"], extra]),
+            image_grid_thw=torch.cat([golden["image_grid_thw"], grids]),
+            pixel_values_videos=torch.cat([golden["pixel_values_videos"], extra_video]),
+            video_grid_thw=torch.cat([golden["video_grid_thw"], video_grid]),
+        )  # fmt: skip
+        assert torch.equal(out[:, :93], ids)
+        assert torch.equal(out[:, 93:], torch.stack(alone))
+
+
+def test_media_that_do_not_match_are_refused_with_both_counts(
+    golden_model: MiniMaxM3SparseForConditionalGeneration, golden: dict[str, Tensor]
+) -> None:
+    media = {name: golden[name] for name in MEDIA}
+    ids = golden["input_ids"]
+    with pytest.raises(ValueError, match=r"6 image placeholder.* 0 features"):
+        golden_model.generate(ids)
+    with pytest.raises(ValueError, match=r"5 image placeholder.* 6 features"):
+        golden_model.generate(torch.cat([ids[:, :25], ids[:, 26:]], 1), **media)
+    with pytest.raises(ValueError, match=r"12 image placeholder.* 6 features"):
+        golden_model.generate(ids.repeat(2, 1), **media)
+    with pytest.raises(ValueError, match=r"24 patches, but 20 were given"):
+        golden_model.generate(ids, **{**media, "pixel_values": media["pixel_values"][:20]})
+    with pytest.raises(ValueError, match="pixel_values was given without image_grid_thw"):
+        golden_model.generate(ids, **{**media, "image_grid_thw": None})
+    token = golden_model.config.image_token_index
+    split = torch.tensor([[5, token, token, token, token, 6], [5, token, token, 6, 7, 8]])
+    with pytest.raises(ValueError, match=r"prompt 0 has 4 image placeholder.* next 1 image grid rows make 6 features"):
+        golden_model.generate(split, pixel_values=media["pixel_values"], image_grid_thw=media["image_grid_thw"])
+
+
+# Independence
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=45), min_size=1, max_size=4),
+    side=st.sampled_from(["left", "right", "middle"]),
+    extra=st.integers(0, 9),
+    chunk=st.sampled_from([None, 1, 3, 7, 50]),
+    page_size=st.sampled_from([None, 1, 3, 8, 128]),
+    shuffle=st.sampled_from([None, 0, 1]),
+)
+def test_same_answer_alone_or_in_a_batch_padded_or_not_chunked_or_whole(
+    model: MiniMaxM3SparseForCausalLM,
+    prompts: list[list[int]],
+    side: str,
+    extra: int,
+    chunk: int | None,
+    page_size: int | None,
+    shuffle: int | None,
+) -> None:
+    """Pitfalls 6 and 8: blocks counted from the padded row, the chunk, or the physical page choose other keys."""
+    ids, mask = pad(prompts, side, max(map(len, prompts)) + extra)
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=9, eos_token_id=None,
+        prefill_chunk=chunk, page_size=page_size, shuffle_pages_seed=shuffle,
+    )  # fmt: skip
+    assert out.shape == (len(prompts), ids.shape[1] + 9)
+    assert torch.equal(out[:, : ids.shape[1]], ids)
+    close_calls = 0
+    for row, prompt in enumerate(prompts):
+        expected = tokens_without_cache(model, prompt, 9)
+        close_calls += count_close_calls(model, prompt, expected, out[row, ids.shape[1] :].tolist())
+    assert close_calls <= 1
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(3, VOCABULARY - 1), min_size=1, max_size=40), min_size=2, max_size=5),
+    budget=st.integers(2, 60),
+    seed=st.integers(0, 99),
+)
+def test_free_pages_full_of_nan_change_nothing(
+    model: MiniMaxM3SparseForCausalLM, prompts: list[list[int]], budget: int, seed: int
+) -> None:
+    """Pitfall 17: what lies past the end of a sequence, in its last page or in pages of others, reaches no answer."""
+    engine = Engine(
+        model, max_tokens_per_step=budget, shuffle_seed=seed, poison=True, num_pages=40, max_running=3
+    )
+    requests = [engine.add_request(prompt, SamplingParams(max_new_tokens=6)) for prompt in prompts]
+    engine.run()
+    engine.check_integrity()
+    assert engine.cache.num_free_pages == 40
+    close_calls = 0
+    for prompt, request in zip(prompts, requests, strict=True):
+        expected = tokens_without_cache(model, prompt, 6)
+        close_calls += count_close_calls(model, prompt, expected, request.output_ids)
+    assert close_calls <= 1
+
+
+def test_dense_layers_honour_the_cached_prefix() -> None:
+    """Pitfall 18: a full-attention layer that sees only its new tokens still gives a plausible answer."""
+    model = make_model(seed=3, layer_types=("full_attention",) * 4)
+    prompt = torch.randint(3, VOCABULARY, (1, 50), generator=torch.Generator().manual_seed(0))
+    whole = model.generate(prompt, max_new_tokens=8, eos_token_id=None)
+    assert torch.equal(model.generate(prompt, max_new_tokens=8, eos_token_id=None, prefill_chunk=7), whole)
+    assert whole[0, 50:].tolist() == tokens_without_cache(model, prompt[0].tolist(), 8)
+    changed = prompt.clone()
+    changed[0, 3] = (changed[0, 3] + 1) % VOCABULARY
+    logprobs = [
+        model.generate(
+            p, max_new_tokens=1, prefill_chunk=7, return_dict_in_generate=True, output_logprobs=True
+        ).logprobs
+        for p in (prompt, changed)
+    ]  # fmt: skip
+    assert not torch.equal(*logprobs), "a token of an earlier chunk was not seen"
+
+
+def test_index_keys_are_stored_beside_their_keys(model: MiniMaxM3SparseForCausalLM) -> None:
+    """Pitfall 3: after pages were freed and used again, every slot holds the index key of its new owner."""
+    def cached(engine: Engine, ids: list[int]) -> list[tuple[Tensor, ...]]:
+        request = engine.add_request(ids, SamplingParams(max_new_tokens=2))
+        engine.step()
+        slots = torch.tensor(engine.cache.slots(request, 0, len(ids)))
+        page, offset = slots // engine.cache.page_size, slots % engine.cache.page_size
+        found = []
+        for layer in engine.cache.layers:
+            stored = (layer.k[page, :, offset], layer.v[page, :, offset])
+            found.append(stored if layer.index_k is None else (*stored, layer.index_k[page, offset]))
+        engine.run()
+        return found
+
+    ids = list(range(3, 37))
+    used = Engine(model, num_pages=12, shuffle_seed=2, poison=True)
+    for other in ([5] * 40, [8, 9] * 12):
+        cached(used, other)
+    for fresh_layer, used_layer in zip(cached(Engine(model), ids), cached(used, ids), strict=True):
+        for fresh, reused in zip(fresh_layer, used_layer, strict=True):
+            torch.testing.assert_close(reused, fresh, rtol=0, atol=1e-5)
+
+
+# What generate promises
+
+
+def test_rows_that_end_early_are_filled(model: MiniMaxM3SparseForCausalLM) -> None:
+    """New tokens start at column S in every row, and a finished row is filled with pad, else with eos."""
+    prompts = [[3, 4, 5, 6], [10, 11]]
+    ids, mask = pad(prompts, "left", 4)
+    free = model.generate(ids, attention_mask=mask, max_new_tokens=12, eos_token_id=None)[:, 4:].tolist()
+    stop = next(t for t in free[0] if t not in free[1])
+    cut = free[0].index(stop) + 1
+    for pad_id, fill in ((None, stop), (59, 59)):
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=12, eos_token_id=stop, pad_token_id=pad_id)
+        assert out[0, 4:].tolist() == free[0][:cut] + [fill] * (12 - cut)
+        assert out[1, 4:].tolist() == free[1]
+    several = model.generate(ids[:1], max_new_tokens=12, eos_token_id=[57, stop])
+    assert several.shape == (1, 4 + cut), "a batch is as wide as its longest answer"
+    full = model.generate(
+        ids, attention_mask=mask, max_new_tokens=12, eos_token_id=[stop], return_dict_in_generate=True,
+        output_logprobs=2,
+    )  # fmt: skip
+    assert isinstance(full, GenerateOutput)
+    assert full.finish_reasons == ("stop", "length")
+    assert full.num_generated == (cut, 12)
+    assert full.logprobs is not None
+    assert full.token_logprobs is not None
+    assert full.logprobs.shape == (2, 12)
+    assert (full.logprobs[0, cut:] == 0).all()
+    with torch.no_grad():
+        expected = model(torch.tensor([prompts[1]])).logits[0, -1].log_softmax(-1)
+    assert full.logprobs[1, 0] == pytest.approx(float(expected.max()), abs=1e-4)
+    assert full.token_logprobs[1][0].top_logprobs == pytest.approx(expected.topk(2).values.tolist(), abs=1e-4)
+
+
+def test_generation_config_is_honoured_and_arguments_win() -> None:
+    model = make_model(seed=1)
+    prompt = torch.tensor([[3, 4, 5]])
+    free = model.generate(prompt, max_new_tokens=10, eos_token_id=None)
+    assert free.shape == (1, 13)
+    model.generation_config = {"eos_token_id": [int(free[0, 5])], "pad_token_id": 0, "max_new_tokens": 5}
+    assert model.generate(prompt).shape[1] <= 6
+    assert torch.equal(model.generate(prompt, eos_token_id=None), free[:, :8])
+    model.generation_config = {"do_sample": True, "temperature": 4.0, "top_k": 30, "max_new_tokens": 10}
+    sampled = model.generate(prompt, eos_token_id=None, seed=1)
+    assert not torch.equal(sampled, free)
+    assert torch.equal(sampled, model.generate(prompt, eos_token_id=None, seed=1))
+    assert torch.equal(model.generate(prompt, eos_token_id=None, do_sample=False), free)
+    assert torch.equal(model.generate(prompt, eos_token_id=None, top_k=1, seed=1), free)
+    model.generation_config = None
+    assert model.text_config.eos_token_id == 2  # the text config's, where there is no generation config
+    with_eos = model.generate(prompt, max_new_tokens=60)
+    assert 2 not in with_eos[0, 3:-1]
+
+
+def test_sampled_rows_do_not_depend_on_their_batch(model: MiniMaxM3SparseForCausalLM) -> None:
+    """Row i draws from stream seed + i, whatever the other rows do."""
+    prompts = [[3, 4, 5], [8] * 20, [3, 4, 5]]
+    ids, mask = pad(prompts, "left", 20)
+    options: dict[str, Any] = {
+        "do_sample": True, "temperature": 2.0, "top_k": 20, "top_p": 0.95, "max_new_tokens": 10, "eos_token_id": None
+    }  # fmt: skip
+    batch = model.generate(ids, attention_mask=mask, seed=40, **options)
+    assert not torch.equal(batch[0], batch[2])
+    for row, prompt in enumerate(prompts):
+        alone = model.generate(torch.tensor([prompt]), seed=40 + row, **options)
+        assert torch.equal(alone[0, len(prompt) :], batch[row, 20:])
+    several = model.generate(ids[:1], attention_mask=mask[:1], seed=[40, 42], num_return_sequences=2, **options)
+    assert torch.equal(several, batch[[0, 2]])
+
+
+def test_streamer_gets_the_prompt_then_each_token(model: MiniMaxM3SparseForCausalLM) -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.values: list[list[int]] = []
+            self.ended = 0
+
+        def put(self, value: Tensor) -> None:
+            self.values.append(value.flatten().tolist())
+
+        def end(self) -> None:
+            self.ended += 1
+
+    streamer = Recorder()
+    prompt = torch.tensor([[3, 4, 5]])
+    out = model.generate(prompt, max_new_tokens=4, eos_token_id=None, streamer=streamer)
+    assert streamer.values == [[3, 4, 5], *[[t] for t in out[0, 3:].tolist()]]
+    assert streamer.ended == 1
+    with pytest.raises(ValueError, match="one row, got 2"):
+        model.generate(prompt.repeat(2, 1), streamer=streamer)
+
+
+def test_generate_leaves_the_model_trainable() -> None:
+    """Tables made in inference mode and kept in the model would break the next backward pass."""
+    model = make_model(seed=2).train()
+    prompt = torch.tensor([[3, 4, 5] * 9])
+    out = model.generate(prompt, max_new_tokens=3, eos_token_id=None)
+    assert model.training
+    assert not out.is_inference()
+    model(out, labels=out).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "index" not in name and "mtp" not in name)
+
+
+def test_repetition_penalty_ignores_padding(model: MiniMaxM3SparseForCausalLM) -> None:
+    """Pad ids counted as seen tokens would change the answer of a padded row."""
+    prompt = [3, 4, 5]
+    options: dict[str, Any] = {"max_new_tokens": 8, "eos_token_id": None, "repetition_penalty": 3.0}
+    alone = model.generate(torch.tensor([prompt]), **options)
+    ids, mask = pad([prompt], "right", 6)
+    assert torch.equal(model.generate(ids, attention_mask=mask, **options)[0, 6:], alone[0, 3:])
+    assert len(set(alone[0].tolist())) == 11, "a penalty of 3 does not let these tokens repeat"
+
+
+def test_bad_arguments_are_refused_by_name(model: MiniMaxM3SparseForCausalLM) -> None:
+    prompt = torch.tensor([[3, 4, 5, 6]])
+    for message, error, options in (
+        (r"'temprature'.*'temperature'", TypeError, {"temprature": 1.0}),
+        (r"use_cache is not an argument.*Engine", ValueError, {"use_cache": True}),
+        (r"past_key_values is not an argument", ValueError, {"past_key_values": object()}),
+        (r"top_p must lie in \(0, 1\], got 1.5", ValueError, {"do_sample": True, "top_p": 1.5}),
+        (r"max_new_tokens must be at least 1, got 0", ValueError, {"max_new_tokens": 0}),
+        (r"say the same", ValueError, {"max_new_tokens": 3, "max_length": 9}),
+        (r"max_length \(4\) leaves no room after a prompt of 4", ValueError, {"max_length": 4}),
+        (r"row 0 of attention_mask has a hole at column 1", ValueError,
+         {"attention_mask": torch.tensor([[1, 0, 1, 1]])}),
+        (r"row 0 of attention_mask hides every token", ValueError, {"attention_mask": torch.zeros(1, 4)}),
+        (r"attention_mask \[1, 3\] .* \[1, 4\]", ValueError, {"attention_mask": torch.ones(1, 3)}),
+        (r"stop_strings need a tokenizer", ValueError, {"stop_strings": "x"}),
+        (r"return_dict_in_generate", ValueError, {"output_logprobs": True}),
+        (r"2 greedy answers", ValueError, {"num_return_sequences": 2}),
+        (r"2 seeds were given for 1 rows", ValueError, {"seed": [1, 2]}),
+        (r"max_tokens_per_step must be at least 1", ValueError, {"prefill_chunk": 0}),
+        (r"page_size must be at least 1", ValueError, {"page_size": 0}),
+        (r"text-only", ValueError,
+         {"pixel_values": torch.zeros(4, 1176), "image_grid_thw": torch.tensor([[1, 2, 2]])}),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            model.generate(prompt, **options)
+    for ids in (None, prompt[0], prompt[:, :0]):
+        with pytest.raises(ValueError, match="input_ids must be"):
+            generate(model, ids)
+    with pytest.raises(ValueError, match="must hold integers"):
+        model.generate(prompt.float())
+    with pytest.raises(ValueError, match=r"161 tokens.* at most 160"):
+        model.generate(torch.full((1, 161), 3))
+    with pytest.warns(UserWarning, match="temperature without do_sample=True"):
+        model.generate(prompt, temperature=0.5, max_new_tokens=1)
+
+
+def test_max_length_counts_the_prompt_and_the_model_ends_at_its_last_position(
+    model: MiniMaxM3SparseForCausalLM,
+) -> None:
+    prompt = torch.full((1, 150), 3)
+    assert model.generate(prompt, max_length=155, eos_token_id=None).shape == (1, 155)
+    out = model.generate(prompt, max_new_tokens=999, eos_token_id=None, return_dict_in_generate=True)
+    assert out.sequences.shape == (1, 161)  # the 161st token is never fed
+    assert out.finish_reasons == ("length",)
+
+
+def test_golden_generation_config_is_read(golden_model: MiniMaxM3SparseForConditionalGeneration) -> None:
+    assert json.loads((GOLDEN / "vl_tiny" / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert golden_model.generation_config is not None
+    assert golden_model.generation_config["eos_token_id"] == 2
