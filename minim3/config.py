@@ -260,7 +260,8 @@ class MiniMaxM3VLTextConfig:
 
     def _sparse_attention_dict(self) -> dict[str, Any] | None:
         freq = [int(kind == SPARSE_ATTENTION) for kind in self.layer_types]
-        if not any(freq) and not self.index_n_heads and not self.sparse_extra:
+        untouched = all(getattr(self, f.name) == f.default for f in dataclasses.fields(self) if f.name in SPARSE_FIELDS)
+        if not any(freq) and untouched and not self.sparse_extra:
             return None
         fields = {theirs: getattr(self, ours) for ours, theirs in SPARSE_FIELDS.items()}
         if not any(freq):  # a size of 0 was never given: there is no sparse layer
