@@ -418,7 +418,7 @@ def test_bad_arguments_are_refused_by_name(model: MiniMaxM3SparseForCausalLM) ->
          {"attention_mask": torch.tensor([[1, 0, 1, 1]])}),
         (r"row 0 of attention_mask hides every token", ValueError, {"attention_mask": torch.zeros(1, 4)}),
         (r"attention_mask \[1, 3\] .* \[1, 4\]", ValueError, {"attention_mask": torch.ones(1, 3)}),
-        (r"stop_strings need a tokenizer", ValueError, {"stop_strings": "x"}),
+        (r"stop_strings need tokenizer=processor.tokenizer, got NoneType", ValueError, {"stop_strings": "x"}),
         (r"return_dict_in_generate", ValueError, {"output_logprobs": True}),
         (r"2 greedy answers", ValueError, {"num_return_sequences": 2}),
         (r"2 seeds were given for 1 rows", ValueError, {"seed": [1, 2]}),

@@ -6,7 +6,7 @@ The names below are resolved on first use, so that ``minim3.inference.scheduler`
 from importlib import import_module
 
 _HOME = {
-    "Detokenizer": "stopping",
+    "Detokenizer": "engine",
     "Engine": "engine",
     "GenerateOutput": "generate",
     "Media": "request",
@@ -16,7 +16,6 @@ _HOME = {
     "Sampler": "sampling",
     "SamplingParams": "request",
     "Scheduler": "scheduler",
-    "StopMatcher": "stopping",
     "TokenEvent": "engine",
     "TokenLogprobs": "request",
     "OutOfPages": "cache",

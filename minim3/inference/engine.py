@@ -7,7 +7,7 @@ the model has run, so that a step cut short by an exception or by Ctrl-C did not
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,12 +17,22 @@ from minim3.inference.request import FinishReason, Media, Request, SamplingParam
 from minim3.inference.runner import Runner
 from minim3.inference.sampling import Sampler
 from minim3.inference.scheduler import Chunk, Scheduler
-from minim3.inference.stopping import Detokenizer, StopMatcher
+from minim3.processing.detokenizer import StopStrings
 
 if TYPE_CHECKING:
     from minim3.model.causal_lm import CausalLM
 
 DEFAULT_TOKENS_PER_STEP = 2048
+
+
+class Detokenizer(Protocol):
+    """Ids of one answer to text, bit by bit: `minim3.processing.detokenizer.IncrementalDetokenizer`, or its like."""
+
+    def feed(self, ids: int) -> str:
+        """The text that became certain with this id (perhaps none: half a character is held back)."""
+
+    def finish(self) -> str:
+        """What was held back, once no more ids follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +96,7 @@ class Engine:
         self.runner = Runner(model, self.cache)
         self.sampler = Sampler()
         self.requests: dict[str, Request] = {}
-        self._texts: dict[Request, tuple[Detokenizer, StopMatcher]] = {}
+        self._texts: dict[Request, tuple[Detokenizer, StopStrings]] = {}
 
     def add_request(
         self,
@@ -139,7 +149,7 @@ class Engine:
         self.scheduler.add(request)
         self.requests[request_id] = request
         if detokenizer is not None:
-            self._texts[request] = detokenizer, StopMatcher(params.stop)
+            self._texts[request] = detokenizer, StopStrings(params.stop)
         return request
 
     def step(self) -> list[TokenEvent]:
@@ -211,14 +221,14 @@ class Engine:
             reason = "stop"
         text = ""
         if request in self._texts:
-            detokenizer, matcher = self._texts[request]
-            text = matcher.push(detokenizer.push(token_id))
-            if matcher.matched is not None:
+            detokenizer, stops = self._texts[request]
+            text = stops.feed(detokenizer.feed(token_id))
+            if stops.stopped_by is not None:
                 reason = "stop"
         if reason is None and request.num_output_tokens == request.max_new_tokens:
             reason = "length"
         if request in self._texts and reason is not None:
-            text += matcher.push(detokenizer.flush()) + matcher.flush()
+            text += stops.feed(detokenizer.finish()) + stops.finish()
         request.text += text
         if reason is not None:
             self._finish(request, reason)

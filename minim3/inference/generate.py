@@ -13,6 +13,8 @@ from torch import Tensor
 from minim3.inference.cache import default_page_size
 from minim3.inference.engine import DEFAULT_TOKENS_PER_STEP, Engine, num_media_tokens
 from minim3.inference.request import FinishReason, Media, Request, SamplingParams, TokenLogprobs
+from minim3.processing.detokenizer import IncrementalDetokenizer
+from minim3.processing.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from minim3.model.causal_lm import CausalLM
@@ -104,7 +106,7 @@ def generate(
         seed: row i draws from stream `seed + i`; a list: one a row; None: seeds from torch's global generator.
         eos_token_id: an id or several that end a row; None never stops early; by default the checkpoint's.
         pad_token_id: fills rows that ended; by default the checkpoint's, else the first eos id, else 0.
-        stop_strings: end a row when its text contains one; needs `tokenizer`, with `decode(ids)`.
+        stop_strings: end a row when its text, control tokens included, contains one; needs the processor's `tokenizer`.
         streamer: for one row only.
         num_return_sequences: samples of each prompt, in adjacent rows.
         output_logprobs: True for those of the chosen tokens, n for the n most likely beside (needs the dictionary).
@@ -318,12 +320,11 @@ def _with_seed(params: SamplingParams, seed: int) -> SamplingParams:
     return replace(params, seed=seed)
 
 
-def _detokenizer(tokenizer: Any) -> Any:
-    if tokenizer is None:
-        raise ValueError("stop_strings need a tokenizer: pass tokenizer=processor.tokenizer")
-    from minim3.processing.output import IncrementalDetokenizer
-
-    return IncrementalDetokenizer(tokenizer)
+def _detokenizer(tokenizer: Any) -> IncrementalDetokenizer:
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor will do
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError(f"stop_strings need tokenizer=processor.tokenizer, got {type(tokenizer).__name__}")
+    return IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
 
 
 def _distribute(model: "CausalLM", prompts: Sequence[Sequence[int]], media: Media) -> list[Media | None]:
