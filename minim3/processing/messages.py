@@ -158,7 +158,7 @@ def _normalize_tool_call(call: Any, where: str) -> ToolCall:
 def _check_argument(value: Any, where: str) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            if not isinstance(key, str) or not key or key.startswith("/") or _TAG_DELIMITERS & set(key):
+            if not isinstance(key, str) or not key or "/" in (key[0], key[-1]) or _TAG_DELIMITERS & set(key):
                 raise ValueError(f"{where}: argument name {key!r} cannot be written as an element")
             _check_argument(item, f"{where}.{key}")
     elif isinstance(value, (list, tuple)):

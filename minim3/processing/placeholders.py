@@ -90,9 +90,10 @@ def process_videos(
         raise ValueError(f"{len(metadata)} entries of video_metadata for {len(clips)} videos")
     pixel_values, grids = [], []
     expansions: list[Expansion] = []
+    factor = processor.patch_size * processor.merge_size
     for index, (clip, known) in enumerate(zip(clips, metadata)):
         # Frames of a legal size are taken as they are, which is how the published chat processor passes them.
-        resize: dict[str, Any] = {"do_resize": False} if _is_sized(clip, processor.patch_size * processor.merge_size) else {}
+        resize: dict[str, Any] = {"do_resize": False} if _is_sized(clip, factor) else {}
         try:
             processed = processor(videos=[clip], video_metadata=[known], return_metadata=True, **resize)
         except ValueError as error:
