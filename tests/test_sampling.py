@@ -119,6 +119,30 @@ def test_random_stream_does_not_depend_on_company(
             request.token_ids.append(token_id)
 
 
+@pytest.mark.parametrize("spread", [3.0, 0.01], ids=["few candidates", "all sorted"])
+def test_top_p_of_a_large_vocabulary(spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The short cut past the sort keeps what the sort keeps, also beside a row that cannot take it."""
+    logits = make_logits(0, vocabulary=4000) * spread
+    sampler, request = Sampler(), make_request(SamplingParams(do_sample=True, top_p=0.7, seed=0))
+    other = make_request(SamplingParams(do_sample=True, top_p=0.999, seed=0), name="other")
+    expected = oracle_probabilities(request.params, [1], logits)
+    steps = 400
+    values = iter([(i // 2 + 0.5) / steps for i in range(2 * steps)])
+    monkeypatch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream: next(values))
+    flat = torch.zeros(1, 4000)
+    rows = torch.cat([logits, flat]) if spread == 3.0 else logits.repeat(2, 1)
+    drawn = [sampler.sample(rows, [request, other]).token_ids[0] for _ in range(50)]
+    assert all(expected[token_id] > 0 for token_id in drawn)
+    alone = iter([(i + 0.5) / steps for i in range(50)])
+    monkeypatch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream: next(alone))
+    assert [sampler.sample(logits, [request]).token_ids[0] for _ in range(50)] == drawn
+    weights = iter([(i + 0.5) / steps for i in range(steps)])
+    monkeypatch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream: next(weights))
+    counts = torch.bincount(torch.tensor(sampler.sample(logits.expand(steps, -1), [request] * steps).token_ids))
+    counts = torch.nn.functional.pad(counts, (0, 4000 - len(counts)))
+    assert (counts / steps - expected).abs().max() <= 2 / steps
+
+
 def test_same_seed_same_tokens_other_seed_other_tokens() -> None:
     logits = make_logits(0)
     params = SamplingParams(do_sample=True, seed=4)

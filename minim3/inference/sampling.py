@@ -16,6 +16,8 @@ from torch import Tensor
 
 from minim3.inference.request import Request, SamplingParams, TokenLogprobs
 
+FEW_CANDIDATES = 1024
+
 
 class Sampled(NamedTuple):
     """Token ids, one a row, and log-probabilities where a row asked for them."""
@@ -113,13 +115,15 @@ class Sampler:
     def _draw(self, scores: Tensor, requests: Sequence[Request], candidates: str) -> Tensor:
         """Token ids `[R]` drawn for rows that are all cut the same way (`_groups`)."""
         scores = scores / _column([request.params.temperature for request in requests], scores)
+        top_p = [request.params.top_p for request in requests]
         token_ids: Tensor | None = None
         if candidates == "top_k":
             scores, token_ids = _top_k(scores, [request.params.top_k for request in requests])
-        elif candidates == "sorted":
-            scores, token_ids = scores.sort(dim=-1, descending=True, stable=True)
-        if token_ids is not None:  # scores descend from here on
-            scores = _top_p(scores, [request.params.top_p for request in requests])
+            scores = _top_p(scores, scores.logsumexp(-1, keepdim=True), top_p)
+        elif candidates == "top_p":
+            log_total = scores.logsumexp(-1, keepdim=True)
+            scores, token_ids = _most_likely(scores, log_total, top_p)
+            scores = _top_p(scores, log_total, top_p)
         scores = _min_p(scores, [request.params.min_p for request in requests])
         uniform = torch.tensor([self._stream(request, scores).uniform() for request in requests], dtype=torch.float64)
         drawn = _invert_cumulative(scores.softmax(-1), uniform.to(scores.device))
@@ -132,11 +136,11 @@ def _groups(requests: Sequence[Request]) -> list[tuple[list[int], str]]:
     A row's own parameters alone decide its group, so that the order of its candidates, and with it the token that a
     uniform number selects, is the same in any company.
     """
-    groups: dict[str, list[int]] = {"top_k": [], "sorted": [], "all": []}
+    groups: dict[str, list[int]] = {"top_k": [], "top_p": [], "all": []}
     for row, request in enumerate(requests):
         params = request.params
         if not params.greedy:
-            groups["top_k" if params.top_k else "sorted" if params.top_p < 1 else "all"].append(row)
+            groups["top_k" if params.top_k else "top_p" if params.top_p < 1 else "all"].append(row)
     return [(rows, candidates) for candidates, rows in groups.items() if rows]
 
 
@@ -156,15 +160,28 @@ def _top_k(scores: Tensor, top_k: Sequence[int]) -> tuple[Tensor, Tensor]:
     return values.masked_fill(values < threshold, -torch.inf), ids
 
 
-def _top_p(scores: Tensor, top_p: Sequence[float]) -> Tensor:
-    """Of descending scores keep those whose tail (the token included) weighs more than 1 - p; always the first."""
+def _most_likely(scores: Tensor, log_total: Tensor, top_p: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Descending scores `[R, C]` and their ids, at least those that top-p keeps.
+
+    Sorting a vocabulary of 200,000 takes longer than many a model's forward pass, and a few candidates nearly always
+    hold the weight that is asked for.
+    """
+    if scores.shape[-1] > 2 * FEW_CANDIDATES:
+        values, ids = scores.topk(FEW_CANDIDATES, -1)
+        weight = (values - log_total).double().exp().sum(-1, keepdim=True)
+        if bool((weight >= _column(top_p, weight)).all()):
+            return values, ids
+    return scores.sort(dim=-1, descending=True, stable=True)
+
+
+def _top_p(scores: Tensor, log_total: Tensor, top_p: Sequence[float]) -> Tensor:
+    """Of descending scores keep each one before which less than p of the whole weight, `exp(log_total)`, lies."""
     if min(top_p) >= 1.0:
         return scores
-    limits = _column(top_p, scores)
-    tail = scores.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+    probabilities = (scores - log_total).double().exp()
+    limits = _column(top_p, probabilities)
     # A row with p = 1 keeps all, whatever rounding does to its sums.
-    dropped = (tail <= 1 - limits) & (limits < 1)
-    dropped[:, 0] = False
+    dropped = (probabilities.cumsum(-1) - probabilities >= limits) & (limits < 1)
     return scores.masked_fill(dropped, -torch.inf)
 
 
