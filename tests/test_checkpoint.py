@@ -288,6 +288,7 @@ def test_mxfp8_checkpoint_quantizes_projections_only_and_loads(tmp_path: Path) -
     load_into(model, tmp_path, dtype=torch.float32)
     name = f"model.layers.1.{MOE}.experts.w2"
     assert torch.equal(model.state_dict()[name], dequantize_mxfp8(*quantize_mxfp8(expected[name])))
+    model.config = text_config(quantization_config=config["quantization_config"])
     write_checkpoint(model, tmp_path, format="fp32")  # and plain again: no quantization_config may stay behind
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 
@@ -316,7 +317,7 @@ def test_golden_checkpoint_is_written_back_equal(tmp_path: Path) -> None:
 
 def test_every_file_starts_tensors_at_multiples_of_their_element_size(tmp_path: Path) -> None:
     # A misaligned tensor cannot be viewed in a memory map; odd-sized fp8 tensors before wider ones would do it.
-    saved(tmp_path, TEXT | {"model.layers.0.self_attn.o_proj.weight": (3, 7)}, format="mxfp8")
+    saved(tmp_path, TEXT | {"model.layers.0.self_attn.k_proj.weight": (3, 32)}, format="mxfp8")
     data = (tmp_path / "model.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     sizes = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1}
@@ -504,6 +505,10 @@ def test_index_and_files_must_agree(tmp_path: Path) -> None:
         index.write_text(text)
         with pytest.raises(ValueError, match=r"index\.json"):
             CheckpointReader(tmp_path)
+    index.write_text(good)
+    index.write_text(json.dumps({"weight_map": {k: v for k, v in raw["weight_map"].items() if k != key}}))
+    with pytest.raises(ValueError, match=f"{key}, which the index does not list"):
+        CheckpointReader(tmp_path)
     index.write_text(good)
     tensors = {k: t.clone() for k, t in load_file(tmp_path / other).items()}
     save_file(tensors | {key: torch.zeros(1)}, tmp_path / other)

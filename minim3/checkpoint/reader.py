@@ -73,10 +73,10 @@ class CheckpointReader:
                 raise ValueError(f"{self.path} holds no weights: neither {SINGLE_FILE} nor {INDEX_FILE} exists")
         for file in files:
             for key in self._open(file):
-                if key in self._files:
-                    raise ValueError(f"{key} is in two files: {self._files[key].name} and {file.name}")
+                # The index names one file for a key, so this also catches a key that is in two files.
                 if mapped is not None and mapped.get(key) != file.name:
-                    raise ValueError(f"{file} holds {key}, which the index says is in {mapped.get(key)}")
+                    where = f"the index says is in {mapped[key]}" if key in mapped else "the index does not list"
+                    raise ValueError(f"{file} holds {key}, which {where}")
                 self._files[key] = file
         for key, name in (mapped or {}).items():
             if key not in self._files:

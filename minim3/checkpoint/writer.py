@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from minim3.checkpoint.folder import check_replaceable, replaced_folder
+from minim3.checkpoint.folder import replaced_folder
 from minim3.checkpoint.loader import named_tensors
 from minim3.checkpoint.mxfp8 import BLOCK_SIZE, num_scales, quantize_mxfp8
 from minim3.checkpoint.names import Placement, is_expert_stack, is_quantized_key, is_router, released_keys
@@ -177,7 +177,6 @@ def write_checkpoint(
         raise ValueError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
     if max_shard_bytes is not None and max_shard_bytes <= 0:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number of bytes")
-    check_replaceable(Path(path))
     config: Any = model.config
     _warn_where_transformers_differs(config.text_config if isinstance(config, MiniMaxM3VLConfig) else config)
     entries = _entries(model, format)
