@@ -1,0 +1,219 @@
+"""The commands and their options. Bodies import what they run when they run, so that `--help` is instant."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import minim3
+from minim3.cli.errors import run_guarded
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Thinking(StrEnum):
+    adaptive = "adaptive"
+    enabled = "enabled"
+    disabled = "disabled"
+
+
+class Format(StrEnum):
+    bf16 = "bf16"
+    fp32 = "fp32"
+    mxfp8 = "mxfp8"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"minim3 {minim3.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+]
+Model = Annotated[
+    str | None, typer.Option("--model", "-m", metavar="PATH|HUB", help="Checkpoint folder or hub id; default: pocket.")
+]
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the weights; auto is float32 on a CPU.")]
+Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")]
+Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Makes random choices repeatable.")]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")]
+ThinkingOption = Annotated[Thinking, typer.Option("--thinking", help="Whether the model thinks before it answers.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, metavar="N", help="Most tokens of an answer.")]
+Temperature = Annotated[float | None, typer.Option(metavar="X", help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float | None, typer.Option(metavar="P", help="Sample from the likeliest tokens that reach P.")]
+TopK = Annotated[int | None, typer.Option(metavar="K", help="Sample from the k most likely tokens; 0 is all.")]
+MinP = Annotated[float | None, typer.Option(metavar="P", help="Drop tokens less likely than P times the likeliest.")]
+RepetitionPenalty = Annotated[float | None, typer.Option(metavar="X", help="Above 1 discourages repeating.")]
+Greedy = Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="Text that ends the answer (repeatable).")]
+
+# Plain help texts and errors: the same in a pipe as in a terminal, and nothing of rich is loaded for them.
+app = typer.Typer(
+    name="minim3", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context, version: Version = False) -> None:
+    """Run, inspect, convert and train MiniMax-M3 models."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit(2)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="What to ask; - reads it from stdin.")
+    ] = None,
+    image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Picture (repeatable).")] = None,
+    video: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Video (repeatable).")] = None,
+    model: Model = None,
+    system: System = None,
+    thinking: ThinkingOption = Thinking.adaptive,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    greedy: Greedy = False,
+    stop: Stop = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object when the answer is complete.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat format; print all tokens.")
+    ] = False,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    threads: Threads = None,
+    seed: Seed = None,
+    version: Version = False,
+) -> None:
+    """Answer one prompt, with pictures and videos, on stdout."""
+    from minim3.cli.generate import run_generate
+    from minim3.cli.session import LoadOptions, SamplingOptions
+
+    sampling = SamplingOptions(
+        max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, greedy, tuple(stop or ()), seed
+    )
+    run_generate(
+        prompt, image or [], video or [], LoadOptions(model, device, dtype.value, threads), sampling,
+        system=system, thinking=thinking.value, as_json=json, raw=raw,
+    )  # fmt: skip
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    system: System = None,
+    thinking: ThinkingOption = Thinking.adaptive,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = None,
+    greedy: Greedy = False,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    threads: Threads = None,
+    seed: Seed = None,
+    version: Version = False,
+) -> None:
+    """Talk to the model; /help lists what can be typed."""
+    from minim3.cli.chat import run_chat
+    from minim3.cli.session import LoadOptions, SamplingOptions
+
+    sampling = SamplingOptions(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, greedy, (), seed)
+    run_chat(LoadOptions(model, device, dtype.value, threads), sampling, system=system, thinking=thinking.value)
+
+
+@app.command()
+def info(
+    source: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Checkpoint folder, config.json or hub id; default: pocket.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens to size the cache for.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="PATH|HUB", help="The same as MODEL.")] = None,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    version: Version = False,
+) -> None:
+    """Sizes, parameters and memory of a checkpoint.
+
+    Reads its config and the headers of its files only.
+    """
+    from minim3.cli.info import run_info
+
+    if source is not None and model is not None:
+        raise ValueError(f"two models were given, {source} and --model {model}: pass one")
+    run_info(source or model, context, device, dtype.value, json)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Checkpoint folder or hub id.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
+    format: Annotated[Format, typer.Option(help="Of the weights in DST.")] = Format.bf16,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, e.g. 5GB, 500MB.")] = "5GB",
+    version: Version = False,
+) -> None:
+    """Write a checkpoint in another number format."""
+    from minim3.cli.convert import convert_checkpoint, parse_size
+
+    convert_checkpoint(source, destination, format.value, parse_size(max_shard_size))
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=1e-4")] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="The same as device=...")] = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    version: Version = False,
+) -> None:
+    """Train by a recipe; run again, it goes on."""
+    from minim3.training.config import load_recipe
+
+    options = {"device": device, "threads": threads, "seed": seed}
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    parsed = load_recipe(recipe, [*(overrides or []), *given])
+    from minim3.training.trainer import train as run_training
+
+    result = run_training(parsed)
+    if result.stopped_by is not None:
+        raise typer.Exit(128 + result.stopped_by)
+
+
+@app.command()
+def demo(
+    model: Model = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The picture.")] = Path("demo.png"),
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    threads: Threads = None,
+    seed: Seed = None,
+    version: Version = False,
+) -> None:
+    """Ask three questions about a fresh picture."""
+    from minim3.cli.demo import run_demo
+    from minim3.cli.session import LoadOptions
+
+    run_demo(LoadOptions(model, device, dtype.value, threads), output, seed)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 (failed), 2 (bad input), 130 (Ctrl-C)."""
+    return run_guarded(lambda: app(arguments, prog_name="minim3", standalone_mode=False))
