@@ -211,13 +211,13 @@ def test_unknown_mode_and_tools_are_named() -> None:
 # --- segments to ids -------------------------------------------------------------------------------------------------
 
 
-def conversation(texts: list[str]) -> list[dict[str, Any]]:
-    """Every place a caller's text can stand in."""
+def conversation(texts: list[str], key: str = "mm:think") -> list[dict[str, Any]]:
+    """Every place a caller's text can stand in; between < and > the key spells a marker."""
     a, b, c, d, e, f = texts
     return [
         {"role": "system", "content": a},
         {"role": "user", "content": [{"type": "text", "text": b}, {"type": "text", "text": c}]},
-        {"role": "assistant", "content": d, "reasoning_content": e, "tool_calls": [call("1", "f", {"mm:think": f})]},
+        {"role": "assistant", "content": d, "reasoning_content": e, "tool_calls": [call("1", "f", {key: f})]},
         {"role": "tool", "tool_call_id": "1", "content": f},
     ]
 
@@ -228,7 +228,7 @@ def test_no_typed_text_changes_the_control_tokens(tokenizer: Tokenizer, texts: l
     """Injection: whatever is typed, wherever, the control tokens are those of a conversation of harmless text."""
     segments = render(conversation(texts))
     ids, mask = encode_segments(tokenizer, segments)
-    harmless = render(conversation(["x" if text else "" for text in texts]))
+    harmless = render(conversation(["x" if text else "" for text in texts], "key"))
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, encode_segments(tokenizer, harmless)[0])
     assert tokenizer.decode(ids) == text_of(segments)
     assert len(ids) == len(mask)
@@ -327,12 +327,12 @@ def test_no_typed_text_changes_the_control_tokens_of_a_template(tokenizer: Token
     tools = [{"type": "function", "function": {"name": "f", "description": texts[0] + texts[1]}}]
     template = ChatTemplate(TEMPLATE)
 
-    def encode(texts: list[str]) -> tuple[list[int], str]:
-        segments = template.render(tokenizer, normalize_messages(conversation(texts)), tools, "adaptive", True)
+    def encode(texts: list[str], key: str) -> tuple[list[int], str]:
+        segments = template.render(tokenizer, normalize_messages(conversation(texts, key)), tools, "adaptive", True)
         return encode_segments(tokenizer, segments)[0], text_of(segments)
 
-    ids, text = encode(texts)
-    harmless, _ = encode(["x" if one.strip() else one for one in texts])
+    ids, text = encode(texts, "mm:think")
+    harmless, _ = encode(["x" if one.strip() else one for one in texts], "key")
     assert control_ids(tokenizer, ids) == control_ids(tokenizer, harmless)
     assert tokenizer.decode(ids) == text
     for one in (texts[1] + texts[2], texts[4], texts[5]):
@@ -361,6 +361,13 @@ def test_what_templates_may_use(tokenizer_json: str) -> None:
     messages = [{"role": "user", "content": 'a "<b>" '}]
     template = "{{ bos_token }}{{ eos_token }}{{ strftime_now('%Y')|length }}{{ extra }}{{ messages[0].content|e }}"
     assert rendered(tokenizer, template, messages, extra="+") == "]~!b[[e~[4+a &quot;&lt;b&gt;&quot; "
+    # JSON escapes go by the true characters, also where a control token holds a quote.
+    spec = json.loads(tokenizer_json)
+    spec["added_tokens"].append({**spec["added_tokens"][0], "id": 999, "content": '"\\é'})
+    tokenizer = Tokenizer(json.dumps(spec))
+    messages = [{"role": "user", "content": '"\\é'}]
+    assert rendered(tokenizer, "{{ messages[0].content|tojson }}", messages) == '"\\"\\\\é"'
+    assert rendered(tokenizer, "{{ messages[0].content|tojson(ensure_ascii=true) }}", messages) == r'"\"\\\u00e9"'
     with pytest.raises(ValueError, match="no pictures please"):
         rendered(tokenizer, "{{ raise_exception('no pictures please') }}", messages)
     with pytest.raises(ValueError, match="undefined"):

@@ -126,8 +126,8 @@ def test_no_half_characters_are_shown(tokenizer: Tokenizer) -> None:
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_stop_strings_do_not_depend_on_cuts(data: st.DataObject) -> None:
-    text = data.draw(st.text("abc", max_size=20))
-    stops = data.draw(st.lists(st.text("abc", min_size=1, max_size=4), max_size=3))
+    text = data.draw(st.text("ab", max_size=20))
+    stops = data.draw(st.lists(st.text("ab", min_size=1, max_size=4), max_size=4))
     whole = StopStrings(stops)
     expected = whole.feed(text)
     expected += whole.finish()
@@ -149,6 +149,7 @@ def test_stop_strings_do_not_depend_on_cuts(data: st.DataObject) -> None:
 def test_stop_string_across_token_borders_is_never_shown() -> None:
     stream = StopStrings(["END"])
     assert [stream.feed(piece) for piece in ("one E", "N", "X E", "ND tail")] == ["one ", "", "ENX ", ""]
+    assert (StopStrings(["abcd", "bc"]).feed("xabcd"), StopStrings(["bc", "abc"]).feed("xabc")) == ("xa", "x")
     with pytest.raises(ValueError, match="non-empty"):
         StopStrings([""])
 
@@ -208,6 +209,18 @@ def test_pitfall_14_literal_markers_stay_content(tokenizer: Tokenizer, marker: s
     assert parsed == ParsedOutput(text, "", (), "stop")
 
 
+def test_half_a_character_before_a_marker_is_not_completed_after_it(tokenizer: Tokenizer) -> None:
+    first, *rest = tokenizer.encode("😀")
+    end = tokenizer.encode("</mm:think>", allow_special=True)
+    assert parse_output([first, *end, *rest], tokenizer, "enabled").reasoning == "\ufffd"
+
+
+def test_stray_end_of_thinking_as_text() -> None:
+    """Spelled out, it is the repeated end of the prompt at the start and somebody's text later."""
+    parser = OutputParser(None, "disabled")
+    assert parser.feed_text("</mm:think>a </mm:think> b").content == "a </mm:think> b"
+
+
 def test_markers_are_found_as_text_where_the_tokenizer_has_none() -> None:
     parser = OutputParser(None, "enabled", TOOLS)
     collector = Collector()
@@ -259,7 +272,12 @@ def test_pitfall_13_15_every_cut_of_the_text_equals_one_shot(text: str, mode: st
 
 
 def test_pitfall_15_a_call_cut_at_every_token_ends_cleanly(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode(f"ok {CALL}", allow_special=True)
+    # The tags in ordinary tokens, as in a tokenizer that has only the namespace marker.
+    namespace = tokenizer.encode(NS, allow_special=True)
+    first, *pieces = f"ok {CALL}".split(NS)
+    ids = tokenizer.encode(first)
+    for piece in pieces:
+        ids += namespace + tokenizer.encode(piece)
     full = {"n": 3, "s": "3", "o": {"k": [1, 2]}}
     for end in range(len(ids) + 1):
         parsed = parse_output(ids[:end], tokenizer, "disabled", TOOLS, finish_reason="length")
@@ -294,6 +312,18 @@ def test_forgotten_end_tags_are_repaired(tokenizer: Tokenizer) -> None:
 
 
 # --- argument types --------------------------------------------------------------------------------------------------
+
+
+def test_elements_of_a_list_may_have_any_name(tokenizer: Tokenizer) -> None:
+    tools = [{"name": "f", "parameters": {"properties": {"xs": {"type": "array"}, "o": {"type": "object"}}}}]
+    names = (("xs", "x"), ("o", "item"), ("y", "item"))
+    elements = [f"{NS}<{name}>{NS}<{one}>1{NS}</{one}>{NS}</{name}>" for name, one in names]
+    text = f'{NS}<tool_call>{NS}<invoke name="f">{"".join(elements)}{NS}</invoke>{NS}</tool_call>'
+    assert parse(tokenizer, text, "disabled", tools).tool_calls[0].arguments == {
+        "xs": ["1"],
+        "o": {"item": "1"},
+        "y": ["1"],
+    }
 
 
 @pytest.mark.parametrize(
