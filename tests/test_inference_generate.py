@@ -15,6 +15,7 @@ from minim3 import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGene
 from minim3.inference.engine import Engine
 from minim3.inference.generate import GenerateOutput, generate
 from minim3.inference.request import SamplingParams
+from minim3.processing.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 CLOSE = 1e-4  # where the top two logits lie closer than this, either token is right
@@ -392,6 +393,48 @@ def test_generate_leaves_the_model_trainable() -> None:
     assert not out.is_inference()
     model(out, labels=out).loss.backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if "index" not in name and "mtp" not in name)
+
+
+def make_tokenizer() -> Tokenizer:
+    """One letter an id (0 is `a`); ids 26 and 27 are the two bytes of `é`."""
+    letters = {chr(ord("a") + i): i for i in range(26)} | {"Ã": 26, "©": 27}
+    spec = {
+        "version": "1.0", "added_tokens": [], "normalizer": None, "post_processor": None, "truncation": None,
+        "padding": None, "model": {"type": "BPE", "vocab": letters, "merges": []},
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    }  # fmt: skip
+    return Tokenizer(json.dumps(spec), eos_token_ids=())
+
+
+def test_stop_strings_end_a_row() -> None:
+    """A stop string has to be found where it begins in one token and ends in another; the tokens stay in the row."""
+    model = make_model(seed=4, vocab_size=26)
+    prompt = torch.tensor([[3, 4, 5], [9, 8, 7]])
+    free = model.generate(prompt, max_new_tokens=12, eos_token_id=None, do_sample=True, seed=0, temperature=3.0)
+    texts = ["".join(chr(ord("a") + i) for i in row[3:].tolist()) for row in free]
+    stop = texts[0][4:7]
+    assert stop not in texts[1]
+    tokenizer = make_tokenizer()
+    for stop_strings in (stop, ["zzzz", stop]):
+        out = model.generate(
+            prompt, max_new_tokens=12, eos_token_id=None, do_sample=True, seed=0, temperature=3.0,
+            stop_strings=stop_strings, tokenizer=tokenizer, pad_token_id=0, return_dict_in_generate=True,
+        )  # fmt: skip
+        cut = texts[0].index(stop) + 3
+        assert out.num_generated == (cut, 12)
+        assert out.finish_reasons == ("stop", "length")
+        assert torch.equal(out.sequences[0, : 3 + cut], free[0, : 3 + cut])
+        assert torch.equal(out.sequences[1], free[1])
+
+
+def test_bfloat16_model_generates_with_media(golden: dict[str, Tensor]) -> None:
+    """Features come from fp32 pixels and go between bf16 embeddings; the cache follows the weights."""
+    model = MiniMaxM3SparseForConditionalGeneration.from_pretrained(GOLDEN / "vl_tiny", dtype=torch.bfloat16)
+    assert Engine(model).cache.layers[0].k.dtype == torch.bfloat16
+    media = {name: golden[name] for name in MEDIA}
+    out = model.generate(golden["input_ids"], **media, max_new_tokens=2, eos_token_id=None, prefill_chunk=31)
+    assert out.shape == (1, 92)
 
 
 def test_repetition_penalty_ignores_padding(model: MiniMaxM3SparseForCausalLM) -> None:

@@ -114,6 +114,9 @@ class Sampler:
 
     def _draw(self, scores: Tensor, requests: Sequence[Request], candidates: str) -> Tensor:
         """Token ids `[R]` drawn for rows that are all cut the same way (`_groups`)."""
+        device = scores.device
+        if device.type == "mps":
+            scores = scores.cpu()  # sums below are fp64, which that device lacks
         scores = scores / _column([request.params.temperature for request in requests], scores)
         top_p = [request.params.top_p for request in requests]
         token_ids: Tensor | None = None
@@ -127,7 +130,7 @@ class Sampler:
         scores = _min_p(scores, [request.params.min_p for request in requests])
         uniform = torch.tensor([self._stream(request, scores).uniform() for request in requests], dtype=torch.float64)
         drawn = _invert_cumulative(scores.softmax(-1), uniform.to(scores.device))
-        return drawn if token_ids is None else token_ids.gather(-1, drawn[:, None]).squeeze(-1)
+        return (drawn if token_ids is None else token_ids.gather(-1, drawn[:, None]).squeeze(-1)).to(device)
 
 
 def _groups(requests: Sequence[Request]) -> list[tuple[list[int], str]]:
