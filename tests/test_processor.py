@@ -2,6 +2,7 @@
 
 import base64
 import io
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -210,6 +211,8 @@ def test_folder_round_trip(tokenizer: Tokenizer, picture: Image.Image, tmp_path:
     assert loaded.image_processor.max_pixels == 28 * 28 * 4
     assert loaded.video_processor is not None
     assert loaded.video_processor.max_frames == 6
+    # As a worker process of a data loader gets it.
+    loaded = pickle.loads(pickle.dumps(loaded))
     output = loaded.apply_chat_template([user({"type": "image", "image": picture})])
     # The template writes the type between marker pieces; both are its own words, so it is a placeholder.
     assert loaded.decode(output.input_ids[0]) == f"[e~[{START}{IMAGE * 2}{END}"

@@ -170,6 +170,10 @@ class ChatTemplate:
         except jinja2.exceptions.TemplateError as error:
             raise ValueError(f"the checkpoint's chat template is not valid: {error}") from error
 
+    def __reduce__(self) -> tuple[type["ChatTemplate"], tuple[str]]:
+        # Compiled code does not travel to a worker process; its source does.
+        return ChatTemplate, (self.source,)
+
     def render(
         self,
         tokenizer: Tokenizer,
