@@ -1,0 +1,1 @@
+"""Training: recipes, packed batches from worker processes, losses, optimizer, checkpoints, the loop."""

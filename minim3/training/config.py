@@ -1,0 +1,307 @@
+"""A training recipe: one YAML file, read into frozen dataclasses.
+
+Every key is checked: an unknown one is an error that names its nearest match, a value of the wrong type names the key,
+the value and the type it needs. `key=value` overrides use the same dotted names as the error messages.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """What is trained: a config in the released `config.json` dialect, or a checkpoint to go on from."""
+
+    config: Mapping[str, Any] | None = None
+    start_from: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.config is None) == (self.start_from is None):
+            raise ValueError("model needs exactly one of `config` (train from scratch) and `start_from` (a checkpoint)")
+
+
+@dataclass(frozen=True)
+class SourceRecipe:
+    """A data source `package.module:attribute`, called with `options`; `weight` is its share of the drawn groups."""
+
+    name: str
+    weight: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"source {self.name!r}: weight must be positive, not {self.weight}")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where documents come from and how they are packed. `processor` is `package.module:attribute` or a folder."""
+
+    processor: str
+    sources: tuple[SourceRecipe, ...]
+    tokens_per_batch: int = 8192
+    num_workers: int = 1
+    prefetch_batches: int = 4
+
+    def __post_init__(self) -> None:
+        _require_positive("data", self, ("tokens_per_batch", "num_workers", "prefetch_batches"))
+        if not self.sources:
+            raise ValueError("data.sources is empty: a recipe needs at least one source")
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """Weights of the losses beside the next-token one (whose weight is 1); 0 leaves a loss out."""
+
+    mtp_weight: float = 0.0
+    indexer_kl_weight: float = 0.0
+    logit_chunk_tokens: int = 2048
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    """AdamW, and what moves weights outside of it (router bias, exponential moving average)."""
+
+    lr: float = 1e-3
+    betas: tuple[float, ...] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    indexer_lr_scale: float = 1.0
+    vision_lr_scale: float = 1.0
+    router_bias_step: float = 1e-3
+    router_bias_follows_schedule: bool = False
+    ema_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas must be two numbers in [0, 1), not {list(self.betas)}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"optim.ema_decay must lie in [0, 1), not {self.ema_decay}")
+
+
+@dataclass(frozen=True)
+class ScheduleRecipe:
+    """Learning rate over the run: linear warm-up, then `kind` down to `final_fraction` of the peak."""
+
+    kind: Literal["cosine", "constant", "linear"] = "cosine"
+    warmup_steps: int = 0
+    final_fraction: float = 0.0
+
+
+@dataclass(frozen=True)
+class CheckpointRecipe:
+    """How often the whole state is saved (0: only at the end or when stopped), and how many are kept."""
+
+    every_steps: int = 0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _require_positive("checkpoint", self, ("keep",))
+
+
+@dataclass(frozen=True)
+class EvaluationRecipe:
+    """Share of held-out documents whose every target token is the model's first choice, every so many steps.
+
+    Without sources of its own the training sources are drawn from a stream that training never sees.
+    """
+
+    every_steps: int = 0
+    batches: int = 2
+    sources: tuple[SourceRecipe, ...] = ()
+
+
+@dataclass(frozen=True)
+class ExportRecipe:
+    """The finished model in the released layout, in `path` (default: `export` in the output folder)."""
+
+    path: str | None = None
+    format: Literal["bf16", "fp32", "mxfp8"] = "bf16"
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training run, whole."""
+
+    output: str
+    steps: int
+    model: ModelRecipe
+    data: DataRecipe
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    log_every_steps: int = 10
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    export: ExportRecipe = field(default_factory=ExportRecipe)
+
+    def __post_init__(self) -> None:
+        _require_positive("", self, ("steps", "log_every_steps"))
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, is {self.seed}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values again (dicts, lists, numbers, strings), for JSON."""
+        return _plain(self)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConfig:
+    """Read a recipe file and apply `dotted.key=value` overrides (the value is read as YAML).
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key (its nearest match is named) or a value of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}")
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path} must hold a mapping of keys, not {type(document).__name__}")
+    for override in overrides:
+        _apply_override(document, override)
+    return parse_recipe(document)
+
+
+def parse_recipe(document: Mapping[str, Any]) -> TrainingConfig:
+    """A mapping of plain values as `TrainingConfig`; errors as in `load_recipe`."""
+    return _build(TrainingConfig, document, "")
+
+
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two `to_dict()` results, with both values."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            changes.update(changed_keys(old, new, f"{prefix}{key}."))
+        elif old != new:
+            changes[f"{prefix}{key}"] = (old, new)
+    return changes
+
+
+def _require_positive(section: str, recipe: Any, names: Iterable[str]) -> None:
+    for name in names:
+        if getattr(recipe, name) < 1:
+            key = f"{section}.{name}" if section else name
+            raise ValueError(f"{key} must be at least 1, is {getattr(recipe, name)}")
+
+
+def _apply_override(document: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} must look like dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    *parents, last = key.split(".")
+    node: Any = document
+    for depth, part in enumerate(parents):
+        if isinstance(node, list):
+            node = _list_item(node, part, override)
+        elif isinstance(node, dict):
+            node = node.setdefault(part, {})
+        else:
+            raise ValueError(f"override {override!r}: {'.'.join(parents[:depth])} holds a plain value, not keys")
+    if isinstance(node, list):
+        _list_item(node, last, override)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ValueError(f"override {override!r}: {'.'.join(parents)} holds a plain value, not keys")
+
+
+def _list_item(items: list[Any], index: str, override: str) -> Any:
+    if not index.isdigit() or int(index) >= len(items):
+        raise ValueError(f"override {override!r}: {index!r} is not an index into a list of {len(items)} items")
+    return items[int(index)]
+
+
+def _build(cls: type[T], document: Any, where: str) -> T:
+    """Fill the dataclass `cls` from a mapping; `where` is the dotted key of the mapping, for messages."""
+    if not isinstance(document, Mapping):
+        raise ValueError(f"{where or 'the recipe'} must be a mapping of keys, not {document!r}")
+    hints = typing.get_type_hints(cls)
+    fields = {item.name: item for item in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in document:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.0)
+            raise ValueError(f"unknown key {_dotted(where, key)!r}; did you mean {_dotted(where, near[0])!r}?")
+    values = {key: _convert(value, hints[key], _dotted(where, key)) for key, value in document.items()}
+    for name, item in fields.items():
+        required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ValueError(f"the recipe lacks the required key {_dotted(where, name)!r}")
+    return cls(**values)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, where)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        (inner,) = (argument for argument in arguments if argument is not type(None))
+        return _convert(value, inner, where)
+    if origin is Literal:
+        if value not in arguments:
+            raise ValueError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ValueError(f"{where} is {value!r}; it must be a list")
+        return tuple(_convert(item, arguments[0], f"{where}.{index}") for index, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is {value!r}; it must be a mapping")
+        return dict(value)
+    if hint is float:
+        return _to_float(value, where)
+    if hint is int and (isinstance(value, bool) or not isinstance(value, int)):
+        raise ValueError(f"{where} is {value!r}; it must be a whole number")
+    if not isinstance(value, hint):
+        raise ValueError(f"{where} is {value!r}; it must be of type {hint.__name__}")
+    return value
+
+
+def _to_float(value: Any, where: str) -> float:
+    # YAML 1.1 reads `1e-4` (no dot) as a string, so strings that are numbers are numbers here.
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise ValueError(f"{where} is {value!r}; it must be a number")
+
+
+def _dotted(where: str, key: Any) -> str:
+    return f"{where}.{key}" if where else str(key)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,289 @@
+"""Losses and their gradients, and what the optimizer does with them."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from minim3.model.batch import ForwardBatch, ForwardRecord
+from minim3.training.config import LossRecipe, OptimRecipe, ScheduleRecipe
+from minim3.training.data import IGNORED, Batch, BatchBuilder
+from minim3.training.loss import ChunkedCrossEntropy, compute_losses, mtp_labels
+from minim3.training.optim import (
+    MovingAverage,
+    build_optimizer,
+    load_imbalance,
+    moe_layers,
+    parameter_groups,
+    schedule_factor,
+    set_learning_rate,
+    update_router_bias,
+)
+
+ALL_LOSSES = LossRecipe(mtp_weight=0.3, indexer_kl_weight=0.5, logit_chunk_tokens=7)
+
+
+@pytest.fixture(autouse=True)
+def standins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+@pytest.fixture
+def model() -> Any:
+    from training_standins import toy_model
+
+    return toy_model()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    from training_standins import toy_recipe
+
+    data = toy_recipe("unused").data
+    packed = BatchBuilder(data, data.sources, seed=0, split=0).build(1)
+    assert packed.pixel_values is not None
+    return replace(packed, pixel_values=packed.pixel_values.double())
+
+
+def documents(batch: Batch) -> list[Batch]:
+    """Every document as a batch of its own, with its own copy of its picture."""
+    assert batch.pixel_values is not None
+    assert batch.image_grid_thw is not None
+    assert batch.image_order is not None
+    patches = batch.pixel_values.split(batch.image_grid_thw.prod(-1).tolist())
+    uses, alone = iter(batch.image_order.tolist()), []
+    for ids, labels, kind in zip(
+        batch.input_ids.split(batch.lengths), batch.labels.split(batch.lengths), batch.kinds, strict=True
+    ):
+        document = Batch(ids, labels, (len(ids),), (kind,))
+        if kind == "grey":
+            picture = next(uses)
+            grid = batch.image_grid_thw[picture : picture + 1]
+            document = replace(document, pixel_values=patches[picture], image_grid_thw=grid)
+        alone.append(document)
+    return alone
+
+
+def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(one: dict[str, Tensor], two: dict[str, Tensor]) -> None:
+    assert one.keys() == two.keys()
+    for name in one:
+        scale = float(one[name].abs().max())
+        assert float((one[name] - two[name]).abs().max()) <= 1e-6 * max(scale, 1e-9), name
+
+
+def test_chunked_cross_entropy_has_the_values_and_gradients_of_the_plain_one() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(9, (11,))
+    plain = F.cross_entropy(hidden @ weight.T, targets)
+    expected = torch.autograd.grad(3 * plain, (hidden, weight))
+    for chunk in (1, 4, 11, 100):
+        loss, correct = ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)
+        torch.testing.assert_close(loss, plain)
+        torch.testing.assert_close(torch.autograd.grad(3 * loss, (hidden, weight)), expected)
+        assert torch.equal(correct, (hidden @ weight.T).argmax(-1) == targets)
+    assert torch.autograd.gradcheck(lambda h, w: ChunkedCrossEntropy.apply(h, w, targets, 4)[0], (hidden, weight))
+
+
+def test_chunked_cross_entropy_of_no_targets_is_zero() -> None:
+    hidden, weight = torch.zeros(0, 6, requires_grad=True), torch.ones(9, 6, requires_grad=True)
+    loss, _ = ChunkedCrossEntropy.apply(hidden, weight, torch.zeros(0, dtype=torch.int64), 4)
+    loss.backward()
+    assert loss == 0
+    assert weight.grad is not None
+    assert not weight.grad.any()
+
+
+def test_every_loss_equals_its_straightforward_computation(model: Any, batch: Batch) -> None:
+    losses = compute_losses(model, batch, ALL_LOSSES)
+    next_token, mtp, alignment = [], [], 0.0
+    for document in documents(batch):
+        embeds = model.embed_packed(
+            document.input_ids, pixel_values=document.pixel_values, image_grid_thw=document.image_grid_thw
+        )
+        packing, record = ForwardBatch.packed(document.lengths), ForwardRecord(indexer_kl=[])
+        hidden = model.text_model.forward_packed(embeds, packing, record)
+        (depth,) = model.text_model.mtp.forward_packed(
+            hidden, document.input_ids, model.embed_tokens_packed, packing, record
+        )
+        logits, draft_logits = model.compute_logits(hidden), model.compute_logits(depth)
+        for place, label in enumerate(document.labels.tolist()):
+            if label != IGNORED:
+                next_token.append(-logits[place].log_softmax(-1)[label])
+                if place > 0:  # the place before drafts it too
+                    mtp.append(-draft_logits[place - 1].log_softmax(-1)[label])
+        assert record.indexer_kl is not None
+        assert len(record.indexer_kl) == 2  # the sparse layer's and the MTP block's
+        alignment = alignment + sum(record.indexer_kl) * document.num_tokens / batch.num_tokens
+    torch.testing.assert_close(losses.parts["next_token"], torch.stack(next_token).mean())
+    torch.testing.assert_close(losses.parts["mtp"], torch.stack(mtp).mean())
+    torch.testing.assert_close(losses.parts["indexer_kl"], torch.as_tensor(alignment))
+    total = losses.parts["next_token"] + 0.3 * losses.parts["mtp"] + 0.5 * losses.parts["indexer_kl"]
+    torch.testing.assert_close(losses.total, total)
+
+
+def test_a_packed_document_gives_the_gradients_of_the_document_alone(model: Any, batch: Batch) -> None:
+    # Attention, positions, blocks, MTP targets or pictures that leak between documents all change gradients.
+    together = gradients(model, compute_losses(model, batch, ALL_LOSSES).total)
+    targets, drafts = batch.labels != IGNORED, mtp_labels(batch, 1)[0] != IGNORED
+    total: Any = 0.0
+    for document in documents(batch):
+        parts = compute_losses(model, document, ALL_LOSSES).parts
+        shares = (
+            (document.labels != IGNORED).sum() / targets.sum(),
+            0.3 * (mtp_labels(document, 1)[0] != IGNORED).sum() / drafts.sum(),
+            0.5 * document.num_tokens / batch.num_tokens,
+        )
+        total = total + sum(share * part for share, part in zip(shares, parts.values(), strict=True))
+    assert_same_gradients(together, gradients(model, total))
+    assert any(name.startswith("vision_tower") for name in together)
+
+
+def test_a_shared_picture_gives_the_gradients_of_separate_copies(model: Any, batch: Batch) -> None:
+    assert batch.pixel_values is not None
+    assert batch.image_grid_thw is not None
+    assert batch.image_order is not None
+    patches = batch.pixel_values.split(batch.image_grid_thw.prod(-1).tolist())
+    copies = replace(
+        batch,
+        pixel_values=torch.cat([patches[picture] for picture in batch.image_order]),
+        image_grid_thw=batch.image_grid_thw[batch.image_order],
+        image_order=None,
+    )
+    assert len(batch.image_order) > len(patches)
+    shared = gradients(model, compute_losses(model, batch, ALL_LOSSES).total)
+    assert_same_gradients(shared, gradients(model, compute_losses(model, copies, ALL_LOSSES).total))
+
+
+def test_mtp_targets_stay_within_their_document() -> None:
+    labels = torch.tensor([1, IGNORED, 3, 4, IGNORED, 6, 7, IGNORED])
+    batch = Batch(torch.zeros(8, dtype=torch.int64), labels, (5, 3), ("", ""))
+    one, two = mtp_labels(batch, 2)
+    assert one.tolist() == [IGNORED, 3, 4, IGNORED, IGNORED, 7, IGNORED, IGNORED]
+    assert two.tolist() == [3, 4, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED, IGNORED]
+
+
+def test_the_alignment_loss_moves_index_parameters_only(model: Any, batch: Batch) -> None:
+    without = gradients(model, compute_losses(model, batch, replace(ALL_LOSSES, indexer_kl_weight=0.0)).total)
+    with_it = gradients(model, compute_losses(model, batch, ALL_LOSSES).total)
+    index_names = {name for name in with_it if ".indexer." in name}
+    assert index_names == {name for name, _ in model.named_parameters() if ".indexer." in name}
+    assert not index_names & without.keys(), "the other losses must not reach the indexer"
+    for name in without:
+        assert torch.equal(without[name], with_it[name]), name
+    assert all(float(with_it[name].abs().max()) > 0 for name in index_names)
+
+
+def test_losses_that_the_model_cannot_give_are_refused(batch: Batch) -> None:
+    from training_standins import toy_model_config
+
+    from minim3.config import config_from_dict
+    from minim3.training.trainer import MiniMaxM3SparseForConditionalGeneration
+
+    config = toy_model_config()
+    config["text_config"]["num_mtp_modules"] = 0
+    model = MiniMaxM3SparseForConditionalGeneration.from_config(config_from_dict(config), dtype=torch.float64)
+    with pytest.raises(ValueError, match="num_mtp_modules is 0"):
+        compute_losses(model, batch, ALL_LOSSES)
+
+
+def test_router_bias_moves_against_load(model: Any) -> None:
+    layers = moe_layers(model)
+    assert len(layers) == 2
+    chosen = torch.tensor([[0, 1], [0, 1], [0, 2], [0, 3]])  # loads 4, 2, 1, 1: the mean is 2
+    update_router_bias(layers, [chosen], 0.01)
+    assert layers[0].e_score_correction_bias is not None
+    torch.testing.assert_close(layers[0].e_score_correction_bias, torch.tensor([-0.01, 0.0, 0.01, 0.01]).double())
+    assert layers[1].e_score_correction_bias is not None
+    assert not layers[1].e_score_correction_bias.any()
+    assert load_imbalance([chosen], 4) == 2.0
+
+
+def test_router_bias_of_each_layer_gets_that_layers_load(model: Any, batch: Batch) -> None:
+    # The record lists decoder layers, then MTP depths: in another order biases would be moved by a stranger's load.
+    losses = compute_losses(model, batch, ALL_LOSSES)
+    layers = moe_layers(model)
+    assert layers[0] is model.text_model.layers[1].block_sparse_moe
+    assert layers[1] is model.text_model.mtp.layers[0].transformer_layer.block_sparse_moe
+    assert [ids.shape for ids in losses.expert_ids] == [(batch.num_tokens, 2)] * 2
+
+
+def test_repeated_bias_updates_balance_a_lopsided_router(model: Any, batch: Batch) -> None:
+    layers = moe_layers(model)[:1]
+    bias = layers[0].e_score_correction_bias
+    assert bias is not None
+    bias += torch.tensor([0.6, 0.0, 0.0, -0.6])
+    recipe = LossRecipe()
+    before = load_imbalance(compute_losses(model, batch, recipe).expert_ids, 4)
+    for _ in range(100):
+        update_router_bias(layers, compute_losses(model, batch, recipe).expert_ids, 0.01)
+    after = load_imbalance(compute_losses(model, batch, recipe).expert_ids, 4)
+    assert before > 1.5
+    assert after < 1.3
+
+
+def test_every_parameter_is_in_one_group_and_only_matrices_decay(model: Any) -> None:
+    recipe = OptimRecipe(weight_decay=0.1, indexer_lr_scale=3.0, vision_lr_scale=0.5)
+    groups = parameter_groups(model, recipe)
+    names = [name for group in groups for name in group["param_names"]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    for group in groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            is_vision = name.startswith(("vision_tower", "multi_modal_projector", "patch_merge_mlp"))
+            assert group["lr_scale"] == (3.0 if "index_" in name else 0.5 if is_vision else 1.0), name
+            exempt = "norm" in name or name.endswith("bias") or "embed_tokens" in name
+            assert group["weight_decay"] == (0.0 if exempt else 0.1), name
+            assert exempt or parameter.ndim >= 2, name
+
+
+def test_the_optimizer_step_is_adamw_with_decoupled_decay() -> None:
+    layer = torch.nn.Linear(3, 2)
+    start = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    optimizer = build_optimizer(layer, OptimRecipe(lr=0.1, weight_decay=0.5, betas=(0.9, 0.99), eps=1e-12))
+    set_learning_rate(optimizer, 0.01)
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()  # the first step of Adam is lr * sign(gradient)
+    torch.testing.assert_close(layer.weight.detach(), start["weight"] * (1 - 0.01 * 0.5) - 0.01)
+    torch.testing.assert_close(layer.bias.detach(), start["bias"] - 0.01)
+
+
+def test_the_schedule_warms_up_peaks_and_ends_at_its_fraction() -> None:
+    recipe = ScheduleRecipe("cosine", warmup_steps=10, final_fraction=0.1)
+    rates = [schedule_factor(step, 110, recipe) for step in range(110)]
+    assert rates[0] == 0.1
+    assert rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert all(one >= two for one, two in zip(rates[10:], rates[11:]))
+    assert schedule_factor(60, 110, replace(recipe, kind="linear")) == pytest.approx(0.55)
+    assert schedule_factor(60, 110, replace(recipe, kind="constant")) == 1.0
+
+
+def test_the_moving_average_follows_and_swaps_back() -> None:
+    layer = torch.nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        average = MovingAverage(layer, decay=0.9)
+        layer.weight.fill_(2.0)
+    average.update(10_000)
+    assert average.averages["weight"].item() == pytest.approx(1.1)
+    average.swap()
+    assert layer.weight.item() == pytest.approx(1.1)
+    average.swap()
+    assert layer.weight.item() == 2.0
+    average.update(0)  # the first steps barely remember: (1 + 0) / (10 + 0) of the past
+    assert average.averages["weight"].item() == pytest.approx(0.1 * 1.1 + 0.9 * 2.0)
+    assert math.isfinite(average.averages["weight"].item())
