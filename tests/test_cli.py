@@ -434,7 +434,7 @@ def test_exceptions_become_exit_codes(
 def test_ctrl_c_ends_cleanly(tiny: Path) -> None:
     command = [sys.executable, "-m", "minim3", "generate", "hi", "--model", str(tiny), "--stop", "never to be written"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    command += ["--temperature", "2", "--thinking", "disabled", "--max-new-tokens", "600"]
+    command += ["--greedy", "--thinking", "disabled", "--max-new-tokens", "600"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
         assert process.stdout is not None
         assert process.stderr is not None

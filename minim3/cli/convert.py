@@ -53,7 +53,8 @@ def convert_checkpoint(source: str, destination: Path, format: str, max_shard_by
             num_files = _write_shards(new, entries, max_shard_bytes, total, progress)
             write_config_dict(new, writer._config_dict(config, entries, format))
             _copy_companions(folder if folder.is_dir() else folder.parent, new)
-    say(f"wrote {destination}: {total / 1e9:.2f} GB in {num_files} file{'s' if num_files > 1 else ''}")
+    size = f"{total / 1e9:.2f} GB" if total >= 1e9 else f"{total / 1e6:.2f} MB"
+    say(f"wrote {destination}: {size} in {num_files} file{'s' if num_files > 1 else ''}")
 
 
 @dataclass(frozen=True)

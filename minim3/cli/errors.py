@@ -20,9 +20,9 @@ def run_guarded(run: Callable[[], Any]) -> int:
             warnings.showwarning = _show_warning
             code = run()
         sys.stdout.flush()
-        return code if isinstance(code, int) else 0
+        code = code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:
         # The reader has gone (`| head`). What is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -32,7 +32,9 @@ def run_guarded(run: Callable[[], Any]) -> int:
             raise
         code, message = describe(error)
         say(message)
-        return code
+    if code == INTERRUPTED and sys.stderr.isatty():
+        print(file=sys.stderr)  # leave the line that Ctrl-C was typed on
+    return code
 
 
 def describe(error: Exception) -> tuple[int, str]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,15 @@ def print_info(info: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, soft_wrap=True)
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
-    for name, value in _rows(info):
-        table.add_row(name, value)
-    console.print(table, soft_wrap=False)
-    console.print()
+    console = Console(highlight=False)
+    rows = _rows(info)
+    indent = max(len(name) for name, _ in rows) + 2
+    for name, value in rows:
+        # Wrapped for the eye only: in a pipe a line stays a line.
+        width = max(console.width - indent, 20) if console.is_terminal else len(value) + 1
+        lines = textwrap.wrap(value, width, break_long_words=False, break_on_hyphens=False)
+        print(name.ljust(indent) + ("\n" + " " * indent).join(lines))
+    print()
     total = info["parameters"]["total"]
     parts = Table(box=None, pad_edge=False, header_style="bold")
     parts.add_column("part")
