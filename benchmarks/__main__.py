@@ -15,7 +15,8 @@ NOT_BENCHMARKS = {"__init__", "__main__", "report"}
 def main() -> None:
     rows: list[dict[str, object]] = []
     failed = []
-    scripts = [p.stem for p in sorted(HERE.glob("*.py")) if p.stem not in NOT_BENCHMARKS and not p.stem.startswith("gpu_")]
+    names = [path.stem for path in sorted(HERE.glob("*.py"))]
+    scripts = [name for name in names if name not in NOT_BENCHMARKS and not name.startswith("gpu_")]
     for name in scripts:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "claims.json"

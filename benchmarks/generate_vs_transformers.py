@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,7 @@ def measure(side: str, folder: Path, length: int, new_tokens: int) -> dict[str, 
     clock, start = Clock(), time.perf_counter()
     ids = model.generate(input_ids=prompt(length), max_new_tokens=new_tokens, streamer=clock, **options)
     times = clock.times[-new_tokens:]  # a streamer is handed the prompt first
-    steps = [b - a for a, b in zip(times, times[1:])]
+    steps = [b - a for a, b in pairwise(times)]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "prefill": length / (times[0] - start),
@@ -166,7 +167,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 2048, 4096, 8192])
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3, help="rounds up to 2K tokens; longer prompts take one less each")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds at up to 2K tokens; 4K takes one less, 8K two")
     parser.add_argument("--measure", nargs=4, help="internal: side, folder, length, new tokens")
     options = parser.parse_args()
     if options.measure:

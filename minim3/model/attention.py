@@ -62,7 +62,7 @@ class MiniMaxM3Indexer(nn.Module):
         return apply_rotary(self.index_q_norm(index_q), freqs_cis), apply_rotary(self.index_k_norm(index_k), freqs_cis)
 
     def forward(self, x: Tensor, *, freqs_cis: Tensor, num_q_heads: int) -> Tensor:
-        """The choice as a bias, 0 where a query attends and -inf elsewhere: `x` `[B, S, H]` -> `[B, num_q_heads, S, S]`.
+        """The choice as a bias, 0 where a query attends, -inf elsewhere: `x` `[B, S, H]` -> `[B, num_q_heads, S, S]`.
 
         Quadratic in S: made to look at, the model itself never builds it.
         """
@@ -112,7 +112,7 @@ class MiniMaxM3Attention(nn.Module):
         pages: LayerPages | None = None,
         record: ForwardRecord | None = None,
     ) -> Tensor:
-        """Packed `x` `[T, H]` with its `batch`, or padded `[B, S, H]` with masks; `freqs_cis` `[..., rotary_dim]` likewise."""
+        """Packed `x` `[T, H]` with its `batch`, or padded `[B, S, H]` with masks; `freqs_cis` has its leading shape."""
         if batch is None:
             return run_packed(
                 lambda x, freqs_cis, batch: self(x, freqs_cis=freqs_cis, batch=batch, record=record),
@@ -135,7 +135,8 @@ class MiniMaxM3Attention(nn.Module):
             _store(pages, batch.pages.slots, batch.pages.page_size, k, v, index_k)
             table, lengths_k = batch.pages.page_table, batch.lengths_k
             if chooses or wants_blocks:
-                assert indexer is not None and index_q is not None
+                assert indexer is not None
+                assert index_q is not None
                 block_indices = kernels.select_blocks_paged(
                     index_q, pages.index_k, table, lengths_k, batch.cu_seqlens_q, **indexer.selection
                 )
@@ -152,11 +153,16 @@ class MiniMaxM3Attention(nn.Module):
         else:
             spans = (batch.cu_seqlens_q, batch.cu_seqlens_k)
             if chooses or wants_blocks:
-                assert indexer is not None and index_q is not None and index_k is not None
+                assert indexer is not None
+                assert index_q is not None
+                assert index_k is not None
                 with torch.no_grad():
                     block_indices = kernels.select_blocks(index_q, index_k.squeeze(1), *spans, **indexer.selection)
             if wants_kl and indexer is not None:
-                assert record is not None and record.indexer_kl is not None and index_q is not None and index_k is not None
+                assert record is not None
+                assert record.indexer_kl is not None
+                assert index_q is not None
+                assert index_k is not None
                 record.indexer_kl.append(
                     kernels.indexer_kl(
                         q.detach(), k.detach(), index_q, index_k.squeeze(1), block_indices if chooses else None, *spans,
@@ -171,7 +177,9 @@ class MiniMaxM3Attention(nn.Module):
             else:
                 out, _ = kernels.varlen_attention(q, k, v, *spans, implementation=self.backend)
         if wants_blocks and indexer is not None:
-            assert record is not None and record.block_indices is not None and block_indices is not None
+            assert record is not None
+            assert record.block_indices is not None
+            assert block_indices is not None
             record.block_indices.append(block_indices)
         return self.o_proj(out.flatten(-2))
 
@@ -191,7 +199,7 @@ class MiniMaxM3Attention(nn.Module):
         if self._packed is not None and not torch.is_grad_enabled() and self._packed.is_current(self):
             return self._packed(x, freqs_cis)
         q, k, v = self._project_main(x, freqs_cis)
-        # The choice of blocks carries no gradient, and the alignment loss moves the indexer alone: its input is cut off.
+        # The choice of blocks has no gradient, and the alignment loss moves the indexer alone: its input is cut off.
         with torch.set_grad_enabled(train_indexer and torch.is_grad_enabled()):
             index_q, index_k = self.indexer.project(x.detach(), freqs_cis)
         return q, k, v, index_q, index_k

@@ -1,4 +1,4 @@
-"""The two model classes: `MiniMaxM3SparseForCausalLM` (text) and `MiniMaxM3SparseForConditionalGeneration` (text, image, video)."""
+"""The two model classes: `MiniMaxM3SparseForCausalLM`, and `MiniMaxM3SparseForConditionalGeneration` with vision."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -15,9 +15,11 @@ from minim3.model.attention import MiniMaxM3Attention
 from minim3.model.batch import ForwardBatch, ForwardRecord
 from minim3.model.decoder import MiniMaxM3TextModel, embed_inputs, initialize
 from minim3.model.moe import MiniMaxM3Router, MoEConfig
+from minim3.model.multimodal import VisionLanguage, splice_features
 from minim3.model.outputs import MiniMaxM3CausalLMOutput, load_balancing_loss, next_token_loss, packed_targets
 from minim3.model.padding import PaddedLayout
-from minim3.model.vision import MiniMaxM3VisionModel, build_projectors
+
+__all__ = ["MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "splice_features"]
 
 
 class CausalLM(nn.Module):
@@ -90,20 +92,25 @@ class CausalLM(nn.Module):
     @abstractmethod
     def is_text_only(cls) -> bool: ...
 
-    def save_pretrained(self, path: str | Path, *, format: str | None = None, max_shard_bytes: int | None = None) -> None:
-        """Write config and weights in the released layout. format: "bf16", "fp32", "mxfp8", or None for the model's dtype."""
+    def save_pretrained(
+        self, path: str | Path, *, format: str | None = None, max_shard_bytes: int | None = None
+    ) -> None:
+        """Write config and weights in the released layout.
+
+        format: "bf16", "fp32", "mxfp8", or None for the model's own dtype.
+        """
         checkpoint.write_checkpoint(self, path, format=format, max_shard_bytes=max_shard_bytes)
 
     @torch.no_grad()
     def initialize_weights(
         self, buffer_device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        """Draw fresh weights and cast them to `dtype`. `buffer_device` is accepted and unused: there are no derived buffers."""
+        """Draw fresh weights and cast them to `dtype`. `buffer_device` is unused: there are no derived buffers."""
         initialize(self, self.text_config.initializer_range)
         self.cast(dtype)
 
     def cast(self, dtype: torch.dtype) -> Self:
-        """Cast the weights; the router and its correction bias stay fp32 below fp64 (their choice of experts is fragile)."""
+        """Cast the weights; the router and its correction bias stay fp32 below fp64: the choice of experts is fragile."""
         self.to(dtype)
         for module in self.modules():
             if isinstance(module, MiniMaxM3Router) and dtype != torch.float64:
@@ -217,7 +224,7 @@ def refuse_cache(past_key_values: Any, use_cache: bool | None) -> None:
 
 
 def with_mtp_modules(config: Any, present: int) -> Any:
-    """`config` with as many MTP modules as the checkpoint holds tensors for: configs announce modules that were not released."""
+    """`config` with as many MTP modules as the checkpoint holds tensors for (configs announce more than was released)."""
     text = config if isinstance(config, MiniMaxM3VLTextConfig) else config.text_config
     if present > text.num_mtp_modules:
         raise ValueError(f"the checkpoint holds {present} MTP modules, its config names {text.num_mtp_modules}")
@@ -276,7 +283,7 @@ class MiniMaxM3SparseForCausalLM(CausalLM):
     ) -> MiniMaxM3CausalLMOutput:
         """Ids `[B, S]` (or embeddings `[B, S, H]`) -> logits and whatever else is asked for.
 
-        attention_mask: `[B, S]`, nonzero at tokens; padding on either side of a row, no holes. padding_mask: its opposite.
+        attention_mask: `[B, S]`, nonzero at tokens; padding on either side, no holes. padding_mask: its opposite.
         position_ids: `[B, S]`, rotary positions; 0, 1, ... from the first token of each row by default.
         labels: `[B, S]` ids, -100 where there is no target; the shift by one is done here.
         logits_to_keep: compute logits of the last so many columns only (0: all), or of the columns of an index tensor.
@@ -292,21 +299,14 @@ class MiniMaxM3SparseForCausalLM(CausalLM):
         )  # fmt: skip
 
 
-class MiniMaxM3SparseForConditionalGeneration(CausalLM):
+class MiniMaxM3SparseForConditionalGeneration(CausalLM, VisionLanguage):
     """The whole model: text, with pictures and videos in the place of placeholder tokens."""
 
     def __init__(
         self, config: MiniMaxM3VLConfig, moe_config: MoEConfig | None = None, backend: str | None = None
     ) -> None:
         super().__init__()
-        if not isinstance(config, MiniMaxM3VLConfig) or config.vision_config is None:
-            raise ValueError(
-                f"{type(self).__name__} needs a config with a vision part, got a {type(config).__name__} without: "
-                "use MiniMaxM3SparseForCausalLM for text-only models"
-            )
-        self.config = config
-        self.vision_tower = MiniMaxM3VisionModel(config.vision_config, backend)
-        self.multi_modal_projector, self.patch_merge_mlp = build_projectors(config)
+        self._build_vision(config, backend)
         self.language_model = MiniMaxM3SparseForCausalLM(config.text_config, moe_config, backend)
         self._finish_construction()
 
@@ -321,7 +321,7 @@ class MiniMaxM3SparseForConditionalGeneration(CausalLM):
     @classmethod
     def config_of(cls, config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig, source: str) -> MiniMaxM3VLConfig:
         if isinstance(config, MiniMaxM3VLTextConfig) or config.vision_config is None:
-            raise ValueError(f"{source} is a text-only checkpoint: load it with MiniMaxM3SparseForCausalLM or minim3.load")
+            raise ValueError(f"{source} is a text-only checkpoint: load it with minim3.load")
         return config
 
     @classmethod
@@ -333,78 +333,6 @@ class MiniMaxM3SparseForConditionalGeneration(CausalLM):
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.language_model.lm_head = value
-
-    def get_placeholder_str(self, modality: str, i: int) -> str:
-        """The text that stands for the i-th picture or video of a prompt before it is expanded."""
-        if modality not in ("image", "video"):
-            raise ValueError(f"modality must be 'image' or 'video', got {modality!r}")
-        return f"]<]{modality}[>["
-
-    # Media
-
-    def get_image_features(self, pixel_values: Tensor, image_grid_thw: Tensor | list[list[int]]) -> Tensor:
-        """Patches `[N, C * T * P * P]` of pictures with grids `[n, 3]` -> one feature a placeholder token, `[N / 4, H]`."""
-        projected = self.multi_modal_projector(self.vision_tower(pixel_values, image_grid_thw))
-        assert self.config.vision_config is not None
-        merge = self.config.vision_config.spatial_merge_size**2
-        return self.patch_merge_mlp(projected.view(-1, merge * projected.shape[-1]))
-
-    def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor | list[list[int]]) -> Tensor:
-        """The same for videos: a grid `[chunks, 3]` a chunk of at most a few temporal patches, attended to by itself."""
-        return self.get_image_features(pixel_values_videos, video_grid_thw)
-
-    def embed_packed(
-        self,
-        input_ids: Tensor,
-        *,
-        pixel_values: Tensor | None = None,
-        image_grid_thw: Tensor | None = None,
-        pixel_values_videos: Tensor | None = None,
-        video_grid_thw: Tensor | None = None,
-        image_order: Tensor | None = None,
-    ) -> Tensor:
-        """Packed ids `[T]` and their media -> embeddings `[T, H]`.
-
-        image_order: int64 `[uses]`, the row of `image_grid_thw` that each successive picture of the ids shows, so that
-        several documents may share one picture; by default each row is used once, in order.
-        """
-        return self._embed(
-            input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, image_order
-        )[0]
-
-    def _embed(
-        self,
-        input_ids: Tensor,
-        pixel_values: Tensor | None,
-        image_grid_thw: Tensor | None,
-        pixel_values_videos: Tensor | None,
-        video_grid_thw: Tensor | None,
-        image_order: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Embeddings `[T, H]`, picture features and video features."""
-        for what, pixels, grid in (
-            ("pixel_values", pixel_values, image_grid_thw),
-            ("pixel_values_videos", pixel_values_videos, video_grid_thw),
-        ):
-            if (pixels is None) != (grid is None):
-                present, absent = ("grid", "patches") if pixels is None else ("patches", "grid")
-                raise ValueError(f"{what}: there is a {present} tensor without {absent}; pass both or neither")
-        embeds = self.embed_tokens_packed(input_ids)
-        images = videos = None
-        if pixel_values is not None:
-            assert image_grid_thw is not None
-            images = self.get_image_features(pixel_values, image_grid_thw)
-            if image_order is not None:
-                assert self.config.vision_config is not None
-                merge = self.config.vision_config.spatial_merge_size**2
-                sizes = (torch.as_tensor(image_grid_thw).prod(-1) // merge).tolist()
-                rows = images.split(sizes)
-                images = torch.cat([rows[i] for i in image_order.tolist()])
-        embeds = splice_features(embeds, input_ids, self.config.image_token_index, images, "image")
-        if pixel_values_videos is not None:
-            assert video_grid_thw is not None
-            videos = self.get_video_features(pixel_values_videos, video_grid_thw)
-        return splice_features(embeds, input_ids, self.config.video_token_index, videos, "video"), images, videos
 
     def forward(
         self,
@@ -437,7 +365,7 @@ class MiniMaxM3SparseForConditionalGeneration(CausalLM):
         media = (pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw)
         if inputs_embeds is not None:
             if any(tensor is not None for tensor in media):
-                raise ValueError("pictures and videos replace placeholder tokens: pass input_ids with them, not inputs_embeds")
+                raise ValueError("pictures and videos replace placeholder tokens: pass input_ids, not inputs_embeds")
             return self.language_model(
                 input_ids, position_ids=position_ids, attention_mask=attention_mask, padding_mask=padding_mask,
                 inputs_embeds=inputs_embeds, labels=labels, logits_to_keep=logits_to_keep,
@@ -455,24 +383,3 @@ class MiniMaxM3SparseForConditionalGeneration(CausalLM):
         )  # fmt: skip
         output.image_hidden_states, output.video_hidden_states = images, videos
         return output
-
-
-def splice_features(
-    embeds: Tensor, input_ids: Tensor, token_id: int, features: Tensor | None, modality: str, *, start: int = 0,
-    exact: bool = True,
-) -> Tensor:  # fmt: skip
-    """Put `features` `[n, H]` in the place of the embeddings `[T, H]` of the tokens `token_id`, in order.
-
-    A chunk of a prompt takes the features from `start` on, with `exact=False`. Raises ValueError when the counts differ.
-    """
-    places = (input_ids == token_id).nonzero().squeeze(1)
-    available = 0 if features is None else features.shape[0] - start
-    if (places.numel() != available) if exact else (places.numel() > available):
-        raise ValueError(
-            f"the prompt has {places.numel()} {modality} placeholder tokens (id {token_id}), but the {modality}s given "
-            f"make {available} features: every placeholder needs one feature"
-        )
-    if features is None or not places.numel():
-        return embeds
-    taken = features[start : start + places.numel()].to(embeds.dtype)
-    return embeds.index_copy(0, places, taken)

@@ -59,7 +59,7 @@ class Block(nn.Module):
         batch: ForwardBatch | None = None,
         record: ForwardRecord | None = None,
     ) -> Tensor:
-        """Packed `x` `[T, H]` with its `batch`, or padded `[B, S, H]` with masks; `freqs_cis` `[..., rotary_dim]` likewise."""
+        """Packed `x` `[T, H]` with its `batch`, or padded `[B, S, H]` with masks; `freqs_cis` has its leading shape."""
         if batch is None:
             return run_packed(
                 lambda x, freqs_cis, batch: self(x, freqs_cis=freqs_cis, batch=batch, record=record),
@@ -135,9 +135,9 @@ class MiniMaxM3TextModel(nn.Module):
         attention_mask: Tensor | None = None,
         padding_mask: Tensor | None = None,
     ) -> list[Tensor]:
-        """Logits `[B, S, vocab]` of each MTP depth from final hidden states `[B, S, H]`; position t predicts t + 2 + depth."""
+        """Logits `[B, S, vocab]` a MTP depth from hidden states `[B, S, H]`; position t predicts t + 2 + depth."""
         if self.mtp is None:
-            raise ValueError("this model has no MTP modules: num_mtp_modules is 0, or its checkpoint holds no MTP tensors")
+            raise ValueError("this model has no MTP modules: its config names none, or its checkpoint holds none")
         layout = PaddedLayout.from_masks(input_ids.shape[0], input_ids.shape[1], attention_mask, padding_mask)
         batch = layout.batch(hidden_states.device, position_ids)
         depths = self.mtp.forward_packed(layout.pack(hidden_states), layout.pack(input_ids), self.embed_tokens, batch)
@@ -145,7 +145,7 @@ class MiniMaxM3TextModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, buffer_device: torch.device | None = None) -> None:
-        """Fresh weights: normal of `initializer_range`, norms at their neutral point. `buffer_device` is accepted and unused."""
+        """Fresh weights: normal of `initializer_range`, norms neutral. `buffer_device` is accepted and unused."""
         initialize(self, self.config.initializer_range)
 
 
@@ -167,9 +167,7 @@ def embed_inputs(embed_tokens: nn.Module, input_ids: Tensor | None, inputs_embed
 def initialize(module: nn.Module, std: float) -> None:
     """Normal weights of deviation `std`; biases 0; norms at their neutral point; correction biases 0."""
     for child in module.modules():
-        if isinstance(child, MiniMaxM3RMSNorm):
-            child.reset_parameters()
-        elif isinstance(child, nn.LayerNorm):
+        if isinstance(child, (MiniMaxM3RMSNorm, nn.LayerNorm)):
             child.reset_parameters()
         else:
             for name, parameter in child.named_parameters(recurse=False):

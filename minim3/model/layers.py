@@ -1,5 +1,7 @@
 """The small parts every layer is made of: norm, rotary position, the gated MLP."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -40,9 +42,12 @@ class MiniMaxM3RMSNorm(nn.Module):
         weight = at_least_fp32(self.weight)
         return 1.0 + weight if self.gemma else weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., dim]` -> the same shape and dtype."""
-        return (rms_normalize(at_least_fp32(x), self.eps) * self.scale()).to(x.dtype)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
+        """`[..., dim]` -> the same shape and dtype; with a residual, the pair `(norm(x + residual), x + residual)`."""
+        if residual is not None:
+            x = x + residual
+        normed = (rms_normalize(at_least_fp32(x), self.eps) * self.scale()).to(x.dtype)
+        return normed if residual is None else (normed, x)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, gemma={self.gemma}"

@@ -1,4 +1,4 @@
-"""Mixture of experts: a fp32 router, stacked experts, one shared expert. Formulas: DeepSeek-V3, arXiv 2412.19437, 2.1.2."""
+"""Mixture of experts: a fp32 router, stacked experts, one shared expert. Formulas: arXiv 2412.19437, section 2.1.2."""
 
 from dataclasses import dataclass
 
@@ -62,7 +62,7 @@ class MiniMaxM3Router(nn.Module):
 
 
 class MiniMaxM3Experts(nn.Module):
-    """All routed experts as two stacks: `w13` `[experts, 2 * width, H]` (gate rows, then up rows), `w2` `[experts, H, width]`."""
+    """All routed experts: `w13` `[experts, 2 * width, H]` (gate rows, then up rows) and `w2` `[experts, H, width]`."""
 
     def __init__(self, config: MiniMaxM3VLTextConfig) -> None:
         super().__init__()

@@ -49,7 +49,7 @@ class MiniMaxM3MTPBlock(nn.Module):
         batch: ForwardBatch | None = None,
         record: ForwardRecord | None = None,
     ) -> Tensor:
-        """Hidden states at t and embeddings of the token at t + 1 + depth, both `[T, H]` or `[B, S, H]` -> hidden states."""
+        """Hidden states at t and embeddings of token t + 1 + depth, both `[T, H]` or `[B, S, H]` -> hidden states."""
         x = self.eh_proj(torch.cat([self.enorm(embed_input), self.hnorm(hidden_states)], dim=-1))
         x = self.transformer_layer(
             x, freqs_cis=freqs_cis, attention_mask=attention_mask, padding_mask=padding_mask, batch=batch, record=record
@@ -77,7 +77,7 @@ class MiniMaxM3MTP(nn.Module):
         batch: ForwardBatch,
         record: ForwardRecord | None = None,
     ) -> list[Tensor]:
-        """Final hidden states `[T, H]` and ids `[T]` -> hidden states `[T, H]` of each depth (its logits: the shared head).
+        """Final hidden states `[T, H]` and ids `[T]` -> hidden states `[T, H]` of each depth, for the shared head.
 
         The last depth + 1 positions of a sequence have no next token to embed (id 0 stands there): ignore them.
         """

@@ -35,7 +35,7 @@ class MiniMaxM3CausalLMOutput:
 
 
 def packed_targets(labels: Tensor, layout: PaddedLayout) -> Tensor:
-    """Padded labels `[B, S]` -> int64 `[T]`: at each token the label of the next token of its row, -100 where none is."""
+    """Padded labels `[B, S]` -> int64 `[T]`: at each token the label of the next of its row, -100 where none is."""
     if tuple(labels.shape) != (layout.batch_size, layout.row_length):
         raise ValueError(
             f"labels have the shape {list(labels.shape)}, the input is [{layout.batch_size}, {layout.row_length}]"

@@ -93,6 +93,6 @@ def run_packed(
     attention_mask: Tensor | None,
     padding_mask: Tensor | None,
 ) -> Tensor:
-    """Run `packed_forward(x [T, H], freqs_cis [T, rotary_dim], batch)` on padded `x` `[B, S, H]`, `freqs_cis` `[B, S, rotary_dim]`."""
+    """Run `packed_forward(x [T, H], freqs_cis [T, rotary_dim], batch)` on padded `[B, S, ...]` tensors."""
     layout = PaddedLayout.from_masks(x.shape[0], x.shape[1], attention_mask, padding_mask)
     return layout.unpack(packed_forward(layout.pack(x), layout.pack(freqs_cis), layout.batch(x.device)))

@@ -38,7 +38,7 @@ def patch_coordinates(grid_thw: list[tuple[int, int, int]], merge: int) -> Tenso
 
 
 def vision_rotary_table(coordinates: Tensor, head_dim: int, theta: float) -> Tensor:
-    """`freqs_cis`, fp32 `[N, 3 * axis_dim]` of `[N, 3]` coordinates: cosines of the angles of t, row and column, then sines.
+    """`freqs_cis`, fp32 `[N, 3 * axis_dim]`, of `[N, 3]` coordinates: cosines of t, row and column angles, then sines.
 
     An axis turns `axis_dim = 2 * (head_dim // 3 // 2)` channels; the channels beyond three axes pass.
     """
@@ -53,10 +53,9 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, config: MiniMaxM3VLVisionConfig) -> None:
         super().__init__()
+        size = config.patch_size
         self.weight = nn.Parameter(
-            torch.empty(
-                config.hidden_size, config.num_channels, config.temporal_patch_size, config.patch_size, config.patch_size
-            )
+            torch.empty(config.hidden_size, config.num_channels, config.temporal_patch_size, size, size)
         )
 
     def forward(self, patches: Tensor) -> Tensor:
@@ -161,7 +160,7 @@ class MiniMaxM3VisionModel(nn.Module):
         if pixel_values.dim() != 2 or pixel_values.shape[1] != patch:
             raise ValueError(f"pixel values must be [patches, {patch}], got {list(pixel_values.shape)}")
         if pixel_values.shape[0] != expected:
-            raise ValueError(f"the grids {grids} hold {expected} patches, but pixel values have {pixel_values.shape[0]}")
+            raise ValueError(f"the grids {grids} hold {expected} patches, pixel values have {pixel_values.shape[0]}")
         return self.vision_model(pixel_values, grids)
 
 

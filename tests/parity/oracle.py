@@ -4,8 +4,6 @@ from typing import Any
 
 import torch
 
-
-
 IMAGE, VIDEO = 300, 301
 
 

@@ -7,9 +7,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from tests.parity.oracle import random_inputs, random_model
-
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration
+from tests.parity.oracle import random_inputs, random_model
 
 
 @pytest.mark.parametrize("seed", range(6))
