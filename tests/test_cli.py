@@ -120,7 +120,7 @@ def assert_refused(result: tuple[int, str, str], *fragments: str) -> None:
 # --- start-up --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"], ["chat", "--version"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--version"]])
 def test_help_and_version_do_not_import_torch(arguments: list[str]) -> None:
     """`minim3 --help` taking three seconds."""
     program = f"import sys; from minim3.cli.app import main; sys.exit(main({arguments}) or 'torch' in sys.modules)"
@@ -330,6 +330,14 @@ def test_raw_continues_the_prompt_itself(run: Run, tiny: Path) -> None:
     chat = json.loads(run("generate", "]~b]ai\n", "--model", tiny, "--max-new-tokens", 4, "--json")[1])
     assert chat["usage"]["prompt_tokens"] > answer["usage"]["prompt_tokens"]
     assert_refused(run("generate", "x", "--raw", "--system", "y", "--model", tiny), "--raw", "--system")
+
+
+def test_pocket_is_the_model_when_none_is_named(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minim3.loading.POCKET", tiny)
+    monkeypatch.setattr("minim3.cli.info.POCKET", tiny)
+    assert run("generate", "hi", "--max-new-tokens", 2)[0] == 0
+    assert json.loads(run("info", "--json")[1])["source"] == str(tiny)
+    assert_refused(run("info", tiny, "--model", tiny), "pass one")
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -634,7 +642,8 @@ def test_parse_size() -> None:
 # --- demo and train --------------------------------------------------------------------------------------------------
 
 
-def test_demo_draws_asks_and_judges(run: Run, tiny: Path, tmp_path: Path) -> None:
+def test_demo_draws_asks_and_judges(run: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("minim3.cli.demo.MAX_ANSWER_TOKENS", 3)
     pictures = []
     for name, seed in (("a.png", 5), ("b.png", 5), ("c.png", 6)):
         code, out, err = run("demo", "--model", tiny, "--output", tmp_path / name, "--seed", seed)
