@@ -251,8 +251,8 @@ def indexer_kl(
     """KL(teacher || student), mean over tokens and index heads: with gradient to `index_q`, `index_k` only.
 
     Student: softmax of one index head's scores (`[T, Hi, Di]`, `[S, Di]`). Teacher: the main branch's softmax
-    (`[T, Hq, D]`, `[S, Hkv, D]`) averaged over the query heads of the group. Both over the visible keys of the selected blocks; over all visible keys
-    where `block_indices` is None (warm-up).
+    (`[T, Hq, D]`, `[S, Hkv, D]`) averaged over the query heads of the group. Both over the visible keys of the selected
+    blocks; over all visible keys where `block_indices` is None (warm-up).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     index_scale = index_q.shape[-1] ** -0.5 if index_scale is None else index_scale
@@ -281,7 +281,7 @@ def grouped_experts(
 ) -> Tensor:  # fmt: skip
     """Sum over each token's K experts of weight * w2 @ swiglu_oai(gate, up): `[T, hidden]` -> `[T, hidden]`.
 
-    `w13` `[E, 2F, hidden]` holds the gate rows, then the up rows; `w2` is `[E, hidden, F]`; ids (int64), weights `[T, K]`.
+    `w13` `[E, 2F, hidden]` holds the gate rows, then the up rows; `w2` is `[E, hidden, F]`, ids and weights `[T, K]`.
     """
     dtype = at_least_fp32(x.dtype)
     out = torch.zeros(x.shape, dtype=dtype, device=x.device)

@@ -1,15 +1,10 @@
 """Fast plain PyTorch, on any device: really skips the blocks nobody selected; CPU-only operators where they pay."""
 
-from minim3.kernels.reference import (
-    block_sparse_attention,
-    block_sparse_attention_paged,
-    grouped_experts,
-    indexer_kl,
-    paged_attention,
-    select_blocks,
-    select_blocks_paged,
-    varlen_attention,
-)
+from minim3.kernels.portable.alignment import indexer_kl
+from minim3.kernels.portable.attention import block_sparse_attention, varlen_attention
+from minim3.kernels.portable.experts import grouped_experts
+from minim3.kernels.portable.paged import block_sparse_attention_paged, paged_attention, select_blocks_paged
+from minim3.kernels.portable.select import select_blocks
 
 __all__ = [
     "block_sparse_attention",

@@ -1,0 +1,165 @@
+"""Grouped experts: assignments sorted by expert once, one product per active expert, nothing for idle ones.
+
+T tokens, K choices a token, E experts, F their width. A custom gradient writes each expert's weight gradient in place
+(indexing the stack under autograd would allocate the whole stack once per expert).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minim3.kernels.sequences import at_least_fp32
+
+_DECODE_TOKENS = 4
+"""Up to this many tokens experts are applied as matrix-vector products, without sorting."""
+
+
+def grouped_experts(
+    x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weights: Tensor, *, alpha: float, limit: float,
+    beta: float = 1.0,
+) -> Tensor:  # fmt: skip
+    """See the reference."""
+    dtype = at_least_fp32(x.dtype)
+    wide, weights = x.to(dtype), expert_weights.to(dtype)
+    activation = (alpha, limit, beta)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (wide, w13, w2, weights)):
+        return _GroupedExperts.apply(wide, w13, w2, expert_ids, weights, activation).to(x.dtype)
+    if x.shape[0] <= _DECODE_TOKENS and x.device.type == "cpu" and w13.dtype == w2.dtype == dtype:
+        return _decode(wide, w13, w2, expert_ids, weights, activation).to(x.dtype)
+    token, inverse, slices = _sort_by_expert(expert_ids, w13.shape[0])
+    hidden = wide.index_select(0, token)
+    y = torch.empty_like(hidden)
+    for expert, rows in slices:
+        act = _swiglu_(torch.mm(hidden[rows], w13[expert].to(dtype).t()), *activation)
+        torch.mm(act, w2[expert].to(dtype).t(), out=y[rows])
+    return _combine(y, inverse, weights).to(x.dtype)
+
+
+def _sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[tuple[int, slice]]]:
+    """(token of each sorted assignment, sorted place of each assignment, (expert, its rows) of every active expert)."""
+    flat = expert_ids.reshape(-1)
+    order = torch.sort(flat, stable=True).indices
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.shape[0], device=order.device)
+    slices, start = [], 0
+    for expert, count in enumerate(torch.bincount(flat, minlength=num_experts).tolist()):
+        if count:
+            slices.append((expert, slice(start, start + count)))
+            start += count
+    return order // expert_ids.shape[1], inverse, slices
+
+
+def _combine(y: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
+    """Sorted expert outputs `[T * K, hidden]` -> weighted sums `[T, hidden]`, in a fixed order of choices."""
+    y = y.index_select(0, inverse).view(*weights.shape, -1)
+    return torch.bmm(weights.unsqueeze(1), y).squeeze(1)
+
+
+def _swiglu_(gate_up: Tensor, alpha: float, limit: float, beta: float) -> Tensor:
+    """swiglu_oai of `[R, 2F]` (gate, then up), overwriting it; silu(alpha g) / alpha is g sigmoid(alpha g)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    if limit:
+        gate.clamp_(max=limit)
+        up.clamp_(-limit, limit)
+    return (gate.sigmoid() if alpha == 1.0 else (gate * alpha).sigmoid_()).mul_(gate).mul_(up.add_(beta))
+
+
+def _decode(
+    x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, weights: Tensor, activation: tuple[float, float, float]
+) -> Tensor:
+    ids: list[list[int]] = expert_ids.tolist()
+    width = w13.shape[1]
+    gate_up = x.new_empty(expert_ids.numel(), width)
+    rows = iter(gate_up.unbind())
+    for token, experts in zip(x.unbind(), ids):
+        for expert in experts:
+            torch.mv(w13[expert], token, out=next(rows))
+    act = _swiglu_(gate_up, *activation).mul_(weights.reshape(-1, 1))
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    parts = iter(act.unbind())
+    for result, experts in zip(out.unbind(), ids):
+        for choice, expert in enumerate(experts):
+            # beta=0 overwrites: what the fresh buffer holds is never read.
+            torch.addmv(result, w2[expert], next(parts), beta=1.0 if choice else 0.0, out=result)
+    return out
+
+
+class _GroupedExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, weights: Tensor,
+        activation: tuple[float, float, float],
+    ) -> Tensor:  # fmt: skip
+        token, inverse, slices = _sort_by_expert(expert_ids, w13.shape[0])
+        hidden = x.index_select(0, token)
+        gate_up = hidden.new_empty(hidden.shape[0], w13.shape[1])
+        y = torch.empty_like(hidden)
+        for expert, rows in slices:
+            torch.mm(hidden[rows], w13[expert].to(x.dtype).t(), out=gate_up[rows])
+        act = _swiglu_(gate_up.clone(), *activation)
+        for expert, rows in slices:
+            torch.mm(act[rows], w2[expert].to(x.dtype).t(), out=y[rows])
+        ctx.save_for_backward(x, w13, w2, weights, token, inverse, gate_up)
+        ctx.slices, ctx.activation = slices, activation
+        return _combine(y, inverse, weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w13, w2, weights, token, inverse, gate_up = ctx.saved_tensors
+        alpha, limit, beta = ctx.activation
+        needs = ctx.needs_input_grad
+        grad = grad.contiguous()
+        grad_y = grad.index_select(0, token)
+        grad_act = grad.new_empty(grad_y.shape[0], w2.shape[2])
+        for expert, rows in ctx.slices:
+            torch.mm(grad_y[rows], w2[expert].to(x.dtype), out=grad_act[rows])
+
+        raw_gate, raw_up = gate_up.chunk(2, dim=-1)
+        gate, up = (raw_gate.clamp(max=limit), raw_up.clamp(-limit, limit)) if limit else (raw_gate, raw_up)
+        up = up + beta
+        sigmoid = (gate * alpha).sigmoid_()
+        gated = gate * sigmoid
+        act = gated * up
+        # <w2 act, grad> needs no second product: it is <act, w2^T grad>.
+        grad_weights = (act * grad_act).sum(-1).index_select(0, inverse).view_as(weights) if needs[4] else None
+        sorted_weights = torch.empty_like(weights.view(-1)).index_copy_(0, inverse, weights.reshape(-1)).unsqueeze(1)
+
+        grad_w2 = None
+        if needs[2]:
+            act *= sorted_weights
+            grad_w2 = torch.zeros_like(w2)
+            for expert, rows in ctx.slices:
+                _product_into(grad_w2[expert], grad_y[rows].t(), act[rows])
+        grad_w13 = grad_x = None
+        if needs[0] or needs[1]:
+            grad_act *= sorted_weights
+            grad_gate_up = torch.empty_like(gate_up)
+            grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+            torch.mul(grad_act, gated, out=grad_up)
+            # d(g s)/dg = s (1 + alpha g (1 - s)), with s = sigmoid(alpha g)
+            slope = torch.addcmul(sigmoid, (gated * alpha), 1.0 - sigmoid)
+            torch.mul(grad_act.mul_(up), slope, out=grad_gate)
+            if limit:
+                grad_gate.masked_fill_(raw_gate > limit, 0.0)
+                grad_up.masked_fill_(raw_up.abs() > limit, 0.0)
+            if needs[1]:
+                hidden = x.index_select(0, token)
+                grad_w13 = torch.zeros_like(w13)
+                for expert, rows in ctx.slices:
+                    _product_into(grad_w13[expert], grad_gate_up[rows].t(), hidden[rows])
+            if needs[0]:
+                grad_hidden = torch.empty_like(grad_y)
+                for expert, rows in ctx.slices:
+                    torch.mm(grad_gate_up[rows], w13[expert].to(x.dtype), out=grad_hidden[rows])
+                grad_x = grad_hidden.index_select(0, inverse).view(*weights.shape, -1).sum(1)
+        return grad_x, grad_w13, grad_w2, None, grad_weights, None
+
+
+def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
+    if target.dtype == a.dtype:
+        torch.mm(a, b, out=target)
+    else:
+        target.copy_(a @ b)
