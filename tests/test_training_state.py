@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_message(
 
     for checkpoint in find_checkpoints(tmp_path / "checkpoints"):
         (checkpoint / "state.safetensors").write_bytes(b"torn")
-    with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+    with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged"):
         train(recipe(tmp_path))
 
 

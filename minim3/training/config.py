@@ -61,11 +61,27 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class LossRecipe:
-    """Weights of the losses beside the next-token one (whose weight is 1); 0 leaves a loss out."""
+    """Weights of the losses beside the next-token one (whose weight is 1); 0 leaves a loss out.
+
+    `*_every_steps` saves time: the loss is computed, and moves weights, on every so many steps only.
+    """
 
     mtp_weight: float = 0.0
+    mtp_every_steps: int = 1
     indexer_kl_weight: float = 0.0
+    indexer_kl_every_steps: int = 1
     logit_chunk_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        _require_positive("loss", self, ("mtp_every_steps", "indexer_kl_every_steps", "logit_chunk_tokens"))
+
+    def at_step(self, step: int) -> "LossRecipe":
+        """The recipe with weight 0 for every loss that is left out at `step`."""
+        return dataclasses.replace(
+            self,
+            mtp_weight=0.0 if step % self.mtp_every_steps else self.mtp_weight,
+            indexer_kl_weight=0.0 if step % self.indexer_kl_every_steps else self.indexer_kl_weight,
+        )
 
 
 @dataclass(frozen=True)
