@@ -37,6 +37,9 @@ class HashingModel(nn.Module):
         self.text_model = self
         self.num_tokens_run: list[int] = []
 
+    def pack_for_inference(self) -> None:
+        """There is nothing to pack."""
+
     def embed_tokens_packed(self, input_ids: Tensor) -> Tensor:
         return input_ids.float()[:, None]
 

@@ -22,6 +22,7 @@ class Runner:
     """Everything between a plan and its logits. The only state of its own is the page table of the last step."""
 
     def __init__(self, model: "CausalLM", cache: PagedCache) -> None:
+        model.pack_for_inference()
         self.model = model
         self.cache = cache
         self.device = cache.device

@@ -123,13 +123,14 @@ class MiniMaxM3Attention(nn.Module):
         indexer = self.indexer
         # Up to top-k blocks of context the choice is "all of them": the answer is dense attention's, at dense cost.
         chooses = indexer is not None and batch.max_length_k > indexer.topk_blocks * indexer.block_size
+        index_q: Tensor | None = None
+        index_k: Tensor | None = None
         if indexer is not None and (chooses or wants_kl or wants_blocks or pages is not None):
             q, k, v, index_q, index_k = self._project_all(x, freqs_cis, train_indexer=wants_kl)
         else:
             q, k, v = self._project_main(x, freqs_cis)
-            index_q = index_k = None
 
-        block_indices = None
+        block_indices: Tensor | None = None
         if pages is not None:
             assert batch.pages is not None
             _store(pages, batch.pages.slots, batch.pages.page_size, k, v, index_k)
@@ -137,11 +138,13 @@ class MiniMaxM3Attention(nn.Module):
             if chooses or wants_blocks:
                 assert indexer is not None
                 assert index_q is not None
+                assert pages.index_k is not None
                 block_indices = kernels.select_blocks_paged(
                     index_q, pages.index_k, table, lengths_k, batch.cu_seqlens_q, **indexer.selection
                 )
             if chooses:
                 assert indexer is not None
+                assert block_indices is not None
                 out, _ = kernels.block_sparse_attention_paged(
                     q, pages.k, pages.v, table, lengths_k, block_indices, batch.cu_seqlens_q,
                     block_size=indexer.block_size, implementation=self.backend,
@@ -171,6 +174,7 @@ class MiniMaxM3Attention(nn.Module):
                 )  # fmt: skip
             if chooses:
                 assert indexer is not None
+                assert block_indices is not None
                 out, _ = kernels.block_sparse_attention(
                     q, k, v, block_indices, *spans, block_size=indexer.block_size, implementation=self.backend
                 )
@@ -207,11 +211,15 @@ class MiniMaxM3Attention(nn.Module):
     def pack_for_inference(self) -> None:
         """Make q, k, index q, index k and v views of one weight, so that inference takes one product and one norm.
 
-        The parameters keep their names and values. Nothing is packed where head dimensions differ.
+        The parameters keep their names and values, and training may go on in them. Called again (every engine does), it
+        reads the norms anew, which are copied. Nothing is packed where head dimensions differ.
         """
         indexer = self.indexer
-        if indexer is not None and indexer.index_head_dim == self.head_dim and self.use_qk_norm:
+        if indexer is None or indexer.index_head_dim != self.head_dim or not self.use_qk_norm:
+            return
+        if self._packed is None or not self._packed.is_current(self):
             self._packed = PackedProjection(self)
+        self._packed.read_norms(self)
 
 
 class PackedProjection:
@@ -226,7 +234,6 @@ class PackedProjection:
         projections = [
             attention.q_proj, attention.k_proj, indexer.index_q_proj, indexer.index_k_proj, attention.v_proj
         ]  # fmt: skip
-        norms = [attention.q_norm, attention.k_norm, indexer.index_q_norm, indexer.index_k_norm]
         with torch.no_grad():
             self.weight = torch.cat([projection.weight for projection in projections])
             first = 0
@@ -234,9 +241,15 @@ class PackedProjection:
                 rows = projection.weight.shape[0]
                 projection.weight.data = self.weight[first : first + rows]
                 first += rows
-            self.scale = torch.cat(
-                [norm.scale().expand(heads, -1) for norm, heads in zip(norms, self.heads, strict=True)]
-            )
+        self.read_norms(attention)
+
+    @torch.no_grad()
+    def read_norms(self, attention: MiniMaxM3Attention) -> None:
+        """Copy the scales of the four norms into one `[normed heads, head_dim]` table."""
+        indexer = attention.indexer
+        assert indexer is not None
+        norms = [attention.q_norm, attention.k_norm, indexer.index_q_norm, indexer.index_k_norm]
+        self.scale = torch.cat([norm.scale().expand(heads, -1) for norm, heads in zip(norms, self.heads, strict=True)])
 
     def is_current(self, attention: MiniMaxM3Attention) -> bool:
         """False once the model was moved or cast, which gives the parameters storage of their own."""

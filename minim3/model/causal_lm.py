@@ -105,12 +105,12 @@ class CausalLM(nn.Module):
     def initialize_weights(
         self, buffer_device: torch.device | None = None, dtype: torch.dtype = torch.bfloat16
     ) -> None:
-        """Draw fresh weights and cast them to `dtype`. `buffer_device` is unused: there are no derived buffers."""
+        """Draw fresh weights, cast to `dtype`. `buffer_device` is unused: there are no derived buffers."""
         initialize(self, self.text_config.initializer_range)
         self.cast(dtype)
 
     def cast(self, dtype: torch.dtype) -> Self:
-        """Cast the weights; the router and its correction bias stay fp32 below fp64: the choice of experts is fragile."""
+        """Cast the weights; the router and its correction bias stay fp32 below fp64, their choice is fragile."""
         self.to(dtype)
         for module in self.modules():
             if isinstance(module, MiniMaxM3Router) and dtype != torch.float64:
@@ -130,14 +130,14 @@ class CausalLM(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.text_model.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.text_model.embed_tokens = value
 
     @abstractmethod
     def get_output_embeddings(self) -> nn.Module: ...
 
     @abstractmethod
-    def set_output_embeddings(self, value: nn.Module) -> None: ...
+    def set_output_embeddings(self, value: nn.Linear) -> None: ...
 
     # Running
 
@@ -224,7 +224,7 @@ def refuse_cache(past_key_values: Any, use_cache: bool | None) -> None:
 
 
 def with_mtp_modules(config: Any, present: int) -> Any:
-    """`config` with as many MTP modules as the checkpoint holds tensors for (configs announce more than was released)."""
+    """`config` with as many MTP modules as the checkpoint holds tensors for: configs announce more than is released."""
     text = config if isinstance(config, MiniMaxM3VLTextConfig) else config.text_config
     if present > text.num_mtp_modules:
         raise ValueError(f"the checkpoint holds {present} MTP modules, its config names {text.num_mtp_modules}")
@@ -261,7 +261,7 @@ class MiniMaxM3SparseForCausalLM(CausalLM):
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.lm_head = value
 
     def forward(
@@ -331,7 +331,7 @@ class MiniMaxM3SparseForConditionalGeneration(CausalLM, VisionLanguage):
     def get_output_embeddings(self) -> nn.Module:
         return self.language_model.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.language_model.lm_head = value
 
     def forward(
