@@ -382,3 +382,21 @@ def test_impossible_requests_are_named() -> None:
         kernels.varlen_attention(x, x, x, [0, 4], [0, 4], q_offset=[2])
     with pytest.raises(ValueError, match="4 query heads cannot share 3"):
         kernels.varlen_attention(torch.randn(2, 4, 4), torch.randn(2, 3, 4), torch.randn(2, 3, 4), [0, 2], [0, 2])
+
+
+def test_empty_batches() -> None:
+    """No token at all (a rank without work, a document without queries) is no error, forward or backward."""
+    x = torch.randn(0, 4, 8, requires_grad=True)
+    out, lse = kernels.varlen_attention(x, x, x, [0], [0])
+    assert (out.shape, lse.shape) == ((0, 4, 8), (0, 4))
+    ids = kernels.select_blocks(x, x[:, 0], [0, 0], [0, 0], block_size=4, topk_blocks=2)
+    assert ids.shape == (0, 4, 2)
+    sparse, _ = kernels.block_sparse_attention(x, x, x, ids, [0, 0], [0, 0], block_size=4)
+    w13, w2 = torch.randn(2, 12, 8, requires_grad=True), torch.randn(2, 8, 6, requires_grad=True)
+    choice, weights = torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2)
+    y = kernels.grouped_experts(x[:, 0], w13, w2, choice, weights, alpha=1.702, limit=7.0)
+    loss = kernels.indexer_kl(x, x, x, x[:, 0], None, [0, 0], [0, 0], block_size=4)
+    (out.sum() + sparse.sum() + y.sum() + loss).backward()
+    assert float(loss) == 0.0
+    assert w13.grad is not None
+    assert not w13.grad.any()

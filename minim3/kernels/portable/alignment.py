@@ -18,6 +18,9 @@ from minim3.kernels.sequences import Lengths, Span, at_least_fp32, query_positio
 _TILE_SCORES = 1 << 22
 """Main-branch scores of a tile: 16 MiB in fp32."""
 
+_HIDDEN = -1e30
+"""Added to the score of a key that takes no part: its probability is exactly zero."""
+
 
 def indexer_kl(
     q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, block_indices: Tensor | None, cu_seqlens_q: Lengths,
@@ -138,18 +141,20 @@ def _piece(batch: _Batch, keep: Tensor, weight: Tensor | None, work: Work) -> tu
     kv_heads = k.shape[2]
     grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [n, Hkv, G, t, D]
     keys = k.permute(0, 2, 3, 1).unsqueeze(2)  # [n, Hkv, 1, D, s]
-    hidden = ~keep
-    scores = torch.matmul(grouped * work.scale, keys).masked_fill_(hidden.unsqueeze(2), float("-inf"))
+    # Masked scores get a finite bias that swallows them: exponentials of infinities take a slow path in vector
+    # libraries, and 0 * -1e30 stays 0 where 0 * -inf is NaN. All of this is at least fp32.
+    bias = torch.zeros(keep.shape, dtype=q.dtype, device=q.device).masked_fill_(~keep, _HIDDEN)
+    scores = torch.matmul(grouped * work.scale, keys).add_(bias.unsqueeze(2))
     teacher = scores.softmax(-1).mean(2)  # [n, Hkv, t, s]
     index_queries = index_q.transpose(1, 2) * work.index_scale  # [n, Hi, t, Di]
-    student_scores = torch.matmul(index_queries, index_k.transpose(1, 2).unsqueeze(1))
-    log_student = student_scores.masked_fill_(hidden, float("-inf")).log_softmax(-1)
-    student = log_student.exp()
-    terms = torch.xlogy(teacher, teacher).sub_(teacher * log_student.masked_fill_(hidden, 0.0))
-    difference = student.sub_(teacher)
+    student_scores = torch.matmul(index_queries, index_k.transpose(1, 2).unsqueeze(1)).add_(bias)
+    log_student, student = student_scores.log_softmax(-1), student_scores.softmax(-1)
     if weight is not None:
-        terms, difference = terms * weight, difference.mul_(weight)
+        teacher, student = teacher.mul_(weight), student.mul_(weight)
+    log_ratio = teacher.clamp(min=torch.finfo(q.dtype).tiny).log_().sub_(log_student)
+    loss = torch.dot(teacher.flatten(), log_ratio.flatten())
+    difference = student.sub_(teacher)
     grad_q = torch.matmul(difference, index_k.unsqueeze(1)).mul_(work.index_scale).transpose(1, 2)
     # The heads share one key: their gradients add up in one product over (head, query).
     grad_k = torch.bmm(difference.flatten(1, 2).transpose(1, 2), index_queries.flatten(1, 2))
-    return terms.sum(), grad_q, grad_k
+    return loss, grad_q, grad_k

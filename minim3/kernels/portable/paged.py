@@ -134,7 +134,8 @@ def select_blocks_paged(
         if (r.length - 1) // block_size < topk_blocks:
             continue
         if r.num_queries > _FEW_TOKENS or not local_blocks:
-            keys = _gather(index_k, cache, page_table[r.sequence], r.length, index_k_pages.shape[-1])[0]
+            found = _tokens(cache, page_table[r.sequence], r.length)
+            keys = index_k.index_select(0, found).view(-1, index_k_pages.shape[-1])[: r.length]
             out[r.rows] = select.select_blocks(
                 index_q[r.rows], keys, [0, r.num_queries], [0, r.length], block_size=block_size,
                 topk_blocks=topk_blocks, init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type,
@@ -209,8 +210,7 @@ def paged_attention(
         return out.to(q.dtype), lse
     out, lse = torch.empty_like(wide, memory_format=torch.contiguous_format), wide.new_empty(q.shape[:2])
     for r in requests:
-        keys = _gather(k, cache, page_table[r.sequence], r.length, dim).to(dtype)
-        values = _gather(v, cache, page_table[r.sequence], r.length, dim).to(dtype)
+        keys, values = _gather((k, v), cache, _tokens(cache, page_table[r.sequence], r.length), r.length, dtype)
         if r.num_queries == 1:
             part = _attend_row(wide[r.rows], keys, values, scale)
         else:
@@ -255,10 +255,8 @@ def block_sparse_attention_paged(
         else:
             seen = (chosen - 1) * block_size + position % block_size + 1
             logical = cache.of_blocks(ids[:, :chosen].long())[:, : -(-seen // cache.tokens)]
-            found = cache.physical(page_table[sequence], logical).add_(cache.head_starts(q.device)[:, None]).flatten()
-            keys, values = (
-                x.index_select(0, found).view(cache.heads, -1, dim)[:, :seen].to(dtype) for x in (k, v)
-            )  # fmt: skip
+            found = cache.physical(page_table[sequence], logical).add_(cache.head_starts(q.device)[:, None])
+            keys, values = _gather((k, v), cache, found.flatten(), seen, dtype)
             part = _attend_row(wide[at], keys, values, scale)
         if q.shape[0] == 1:
             return part[0].to(q.dtype), part[1]
@@ -266,7 +264,7 @@ def block_sparse_attention_paged(
     for r in requests:
         if r.num_queries <= _FEW_TOKENS:
             continue
-        keys, values = (_gather(x, cache, page_table[r.sequence], r.length, dim).to(dtype) for x in (k, v))
+        keys, values = _gather((k, v), cache, _tokens(cache, page_table[r.sequence], r.length), r.length, dtype)
         out[r.rows], lse[r.rows] = attention.block_sparse_attention(
             wide[r.rows], keys.transpose(0, 1), values.transpose(0, 1), block_indices[r.rows], [0, r.num_queries],
             [0, r.length], block_size=block_size, scale=scale,
@@ -274,11 +272,21 @@ def block_sparse_attention_paged(
     return out.to(q.dtype), lse
 
 
-def _gather(rows: Tensor, cache: CacheRows, table: Tensor, length: int, dim: int) -> Tensor:
-    """The `length` tokens of one sequence: cache rows -> `[heads, length, D]`."""
-    logical = torch.arange(-(-length // cache.tokens), device=rows.device)
-    found = cache.physical(table, logical) + cache.head_starts(rows.device)[:, None]
-    return rows.index_select(0, found.flatten()).view(cache.heads, -1, dim)[:, :length]
+def _tokens(cache: CacheRows, table: Tensor, length: int) -> Tensor:
+    """Physical rows that hold the first `length` tokens of one sequence, head by head."""
+    logical = torch.arange(-(-length // cache.tokens), device=table.device)
+    found = cache.physical(table, logical)
+    return found if cache.heads == 1 else (found + cache.head_starts(table.device)[:, None]).flatten()
+
+
+def _gather(
+    caches: tuple[Tensor, Tensor], cache: CacheRows, found: Tensor, length: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of one sequence from their physical rows: each `[heads, length, D]`, nothing past the end."""
+    k, v = (
+        x.index_select(0, found).view(cache.heads, -1, x.shape[1] // cache.tokens)[:, :length].to(dtype) for x in caches
+    )
+    return k, v
 
 
 def _ordered(ids: Tensor, current: int) -> int | None:
@@ -309,9 +317,9 @@ def _masked(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, unused: Ten
     Unused places may hold NaN, which a zero probability would not cancel: values are zeroed before the product.
     """
     scores = torch.matmul(q * scale, keys.transpose(-1, -2)).masked_fill_(hidden, float("-inf"))
-    lse = scores.logsumexp(-1)
-    assert not bool(torch.isneginf(lse).any()), "a query sees no key"
-    probabilities = scores.sub_(lse.unsqueeze(-1)).exp_()
+    probabilities = scores.softmax(-1)
+    # The largest probability is exp(largest score - lse); exponentials of -inf would be slow outside the softmax.
+    lse = scores.amax(-1) - probabilities.amax(-1).log()
     return torch.matmul(probabilities, values.masked_fill_(unused, 0.0)), lse
 
 
