@@ -113,20 +113,30 @@ def test_paged_forms_equal_the_packed_reference(case: tuple[Cache, list[int], in
         assert torch.equal(dense[0], kernels.paged_attention(q, cache.k_pages, cache.v_pages, *paged, cu_q, **run)[0])
 
 
-@pytest.mark.parametrize("num_sequences", [1, 3])
-def test_decode_takes_ids_in_any_order(num_sequences: int) -> None:
-    """Other indexers hand over unsorted ids, and heads that chose different numbers of blocks."""
-    cache = Cache([60, 33, 17][:num_sequences], 8, 2, 8, 0)
-    cu_q = list(range(num_sequences + 1))
-    ids = torch.tensor([[[7, 0, 3], [2, -1, -1]], [[1, 4, 0], [4, 2, -1]], [[2, 0, 1], [0, 1, -1]]]).int()
-    ids, q = ids[:num_sequences], queries(cu_q, 4)
-    want = kernels.block_sparse_attention(
-        q, cache.k, cache.v, ids, cu_q, cache.cu_seqlens_k, block_size=8, implementation="reference"
-    )
-    got = kernels.block_sparse_attention_paged(
-        q, cache.k_pages, cache.v_pages, cache.page_table, cache.lengths, ids, cu_q, block_size=8
-    )
-    close(got, want)
+CHOICES = {
+    "unsorted, own block last": [[3, 0, 7], [2, 5, 7]],
+    "own block first": [[7, 0, 3], [7, 2, 5]],
+    "own block missing": [[4, 0, 3], [1, 2, 5]],
+    "blocks to come are not visible": [[0, 9, 7], [1, 8, 7]],
+    "different numbers": [[7, 0, 3], [2, -1, -1]],
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_decode_takes_any_ids(choice: str) -> None:
+    """Other indexers hand over ids in any order, without the own block, or with a different number for each head."""
+    cache = Cache([60, 33], 8, 2, 8, 0)
+    for lengths, rows in ((cache.lengths[:1], [CHOICES[choice]]), (cache.lengths, [CHOICES[choice], [[2, 0, 4]] * 2])):
+        cu_q, ids = list(range(len(lengths) + 1)), torch.tensor(rows).int()
+        q, cu_k = queries(cu_q, 4), cache.cu_seqlens_k[: len(lengths) + 1]
+        want = kernels.block_sparse_attention(
+            q, cache.k[: cu_k[-1]], cache.v[: cu_k[-1]], ids, cu_q, cu_k, block_size=8, implementation="reference"
+        )
+        table = cache.page_table[: len(lengths)]
+        got = kernels.block_sparse_attention_paged(
+            q, cache.k_pages, cache.v_pages, table, lengths, ids, cu_q, block_size=8
+        )
+        close(got, want)
 
 
 def test_long_batches_one_at_a_time_equal_batched(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ def _sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tenso
 
 def _combine(y: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
     """Sorted expert outputs `[T * K, hidden]` -> weighted sums `[T, hidden]`, in a fixed order of choices."""
-    y = y.index_select(0, inverse).view(*weights.shape, -1)
+    y = y.index_select(0, inverse).view(*weights.shape, y.shape[-1])
     return torch.bmm(weights.unsqueeze(1), y).squeeze(1)
 
 
@@ -156,7 +156,7 @@ class _GroupedExperts(torch.autograd.Function):
                 grad_hidden = torch.empty_like(grad_y)
                 for expert, rows in ctx.slices:
                     torch.mm(grad_gate_up[rows], w13[expert].to(x.dtype), out=grad_hidden[rows])
-                grad_x = grad_hidden.index_select(0, inverse).view(*weights.shape, -1).sum(1)
+                grad_x = grad_hidden.index_select(0, inverse).view(*weights.shape, x.shape[-1]).sum(1)
         return grad_x, grad_w13, grad_w2, None, grad_weights, None
 
 

@@ -10,7 +10,6 @@ Shapes as in the reference: pages `[P, Hkv, page, D]`, index key pages `[P, page
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -246,9 +245,9 @@ def block_sparse_attention_paged(
     out, lse = torch.empty_like(wide, memory_format=torch.contiguous_format), wide.new_empty(q.shape[:2])
     for sequence, row, position in rows:
         ids = block_indices[row]
-        chosen = _ordered(ids, position // block_size)
+        chosen = _local_last(ids, position // block_size)
         at = slice(row, row + 1)
-        if chosen is None:  # ids in another order, or a number that differs between heads
+        if chosen is None:  # the current block comes earlier, or heads chose different numbers
             part = _sparse_batch(
                 wide[at], k, v, cache, page_table, [(sequence, row, position)], ids[None], block_size, scale
             )
@@ -289,14 +288,14 @@ def _gather(
     return k, v
 
 
-def _ordered(ids: Tensor, current: int) -> int | None:
-    """Number of blocks every head chose, if all are valid, ascending, end with the current one and agree in number."""
+def _local_last(ids: Tensor, current: int) -> int | None:
+    """Number of blocks every head chose, if it is the same, the current block comes last and earlier ones before it."""
     chosen: int | None = None
     for head in ids.tolist():
         count = len(head) - head.count(-1)
         if (chosen is not None and count != chosen) or not count or head[count - 1] != current:
             return None
-        if any(a >= b for a, b in pairwise(head[:count])) or head[0] < 0:
+        if not all(0 <= block < current for block in head[: count - 1]):
             return None
         chosen = count
     return chosen
