@@ -211,15 +211,33 @@ class MiniMaxM3Attention(nn.Module):
     def pack_for_inference(self) -> None:
         """Make q, k, index q, index k and v views of one weight, so that inference takes one product and one norm.
 
-        The parameters keep their names and values, and training may go on in them. Called again (every engine does), it
-        reads the norms anew, which are copied. Nothing is packed where head dimensions differ.
+        The parameters keep their names and values, and training may go on in them. The norms are copied: after they
+        have changed, the unpacked path runs until this is called again (every engine does). Nothing is packed where
+        head dimensions differ.
         """
         indexer = self.indexer
         if indexer is None or indexer.index_head_dim != self.head_dim or not self.use_qk_norm:
             return
-        if self._packed is None or not self._packed.is_current(self):
+        if self._packed is None or not self._packed.shares_weights_with(self):
             self._packed = PackedProjection(self)
         self._packed.read_norms(self)
+
+
+def _packed_projections(attention: MiniMaxM3Attention) -> list[nn.Linear]:
+    indexer = attention.indexer
+    assert indexer is not None
+    return [attention.q_proj, attention.k_proj, indexer.index_q_proj, indexer.index_k_proj, attention.v_proj]
+
+
+def _packed_norms(attention: MiniMaxM3Attention) -> list[MiniMaxM3RMSNorm]:
+    indexer = attention.indexer
+    assert indexer is not None
+    return [attention.q_norm, attention.k_norm, indexer.index_q_norm, indexer.index_k_norm]
+
+
+def _state(weight: Tensor) -> tuple[int, int]:
+    """Changes when the storage does or the values are changed in place (which inference tensors do not count)."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 class PackedProjection:
@@ -231,29 +249,31 @@ class PackedProjection:
         self.head_dim = attention.head_dim
         self.eps = attention.q_norm.eps
         self.heads = [attention.num_heads, attention.num_kv_heads, indexer.num_index_heads, 1]
-        projections = [
-            attention.q_proj, attention.k_proj, indexer.index_q_proj, indexer.index_k_proj, attention.v_proj
-        ]  # fmt: skip
+        projections = _packed_projections(attention)
         with torch.no_grad():
             self.weight = torch.cat([projection.weight for projection in projections])
-            first = 0
-            for projection in projections:
-                rows = projection.weight.shape[0]
-                projection.weight.data = self.weight[first : first + rows]
-                first += rows
+            rows = self.weight.split([projection.weight.shape[0] for projection in projections])
+            for projection, view in zip(projections, rows, strict=True):
+                projection.weight.data = view
+        self.places = [projection.weight.data_ptr() for projection in projections]
         self.read_norms(attention)
 
     @torch.no_grad()
     def read_norms(self, attention: MiniMaxM3Attention) -> None:
         """Copy the scales of the four norms into one `[normed heads, head_dim]` table."""
-        indexer = attention.indexer
-        assert indexer is not None
-        norms = [attention.q_norm, attention.k_norm, indexer.index_q_norm, indexer.index_k_norm]
+        norms = _packed_norms(attention)
         self.scale = torch.cat([norm.scale().expand(heads, -1) for norm, heads in zip(norms, self.heads, strict=True)])
+        self.norm_states = [_state(norm.weight) for norm in norms]
+
+    def shares_weights_with(self, attention: MiniMaxM3Attention) -> bool:
+        """False once the model was moved or cast, or a parameter replaced, which gives it storage of its own."""
+        return self.places == [projection.weight.data_ptr() for projection in _packed_projections(attention)]
 
     def is_current(self, attention: MiniMaxM3Attention) -> bool:
-        """False once the model was moved or cast, which gives the parameters storage of their own."""
-        return self.weight.data_ptr() == attention.q_proj.weight.data_ptr()
+        """Whether the packed weights are those of `attention`, and its norms the ones that were copied."""
+        return self.shares_weights_with(attention) and self.norm_states == [
+            _state(norm.weight) for norm in _packed_norms(attention)
+        ]
 
     def __call__(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         heads = torch.nn.functional.linear(x, self.weight).unflatten(-1, (-1, self.head_dim))

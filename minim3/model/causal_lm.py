@@ -14,7 +14,7 @@ from minim3.config import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
 from minim3.model.attention import MiniMaxM3Attention
 from minim3.model.batch import ForwardBatch, ForwardRecord
 from minim3.model.decoder import MiniMaxM3TextModel, embed_inputs, initialize
-from minim3.model.moe import MiniMaxM3Router, MoEConfig
+from minim3.model.moe import MoEConfig
 from minim3.model.multimodal import VisionLanguage, splice_features
 from minim3.model.outputs import MiniMaxM3CausalLMOutput, load_balancing_loss, next_token_loss, packed_targets
 from minim3.model.padding import PaddedLayout
@@ -110,15 +110,8 @@ class CausalLM(nn.Module):
         self.cast(dtype)
 
     def cast(self, dtype: torch.dtype) -> Self:
-        """Cast the weights; the router and its correction bias stay fp32 below fp64, their choice is fragile."""
-        self.to(dtype)
-        for module in self.modules():
-            if isinstance(module, MiniMaxM3Router) and dtype != torch.float64:
-                module.float()
-            bias = module._buffers.get("e_score_correction_bias")
-            if bias is not None and dtype != torch.float64:
-                module._buffers["e_score_correction_bias"] = bias.float()
-        return self
+        """Cast the weights, as `to(dtype)` does: the router and its correction bias stay fp32 below fp64."""
+        return self.to(dtype)
 
     def _finish_construction(self) -> None:
         head, embedding = self.get_output_embeddings(), self.get_input_embeddings()
@@ -209,8 +202,11 @@ class CausalLM(nn.Module):
                 if output_mtp_logits:
                     raise ValueError("MTP embeds the next token: pass input_ids, inputs_embeds are not enough")
                 return output
-            depths = mtp.forward_packed(hidden, input_ids, self.text_model.embed_tokens, batch)
+            of_drafts = ForwardRecord(indexer_kl=record.indexer_kl)
+            depths = mtp.forward_packed(hidden, input_ids, self.text_model.embed_tokens, batch, of_drafts)
             output.mtp_per_depth_logits = [layout.unpack(self.compute_logits(depth)) for depth in depths]
+            if record.indexer_kl is not None:
+                output.indexer_kl = tuple(record.indexer_kl)
         return output
 
 

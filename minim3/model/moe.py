@@ -1,6 +1,8 @@
 """Mixture of experts: a fp32 router, stacked experts, one shared expert. Formulas: arXiv 2412.19437, section 2.1.2."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +57,22 @@ class MiniMaxM3Router(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=torch.float32))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """A move or cast of the model (`to`, `half`, ...), in which the router does not go below fp32."""
+        before = self.weight.data
+        super()._apply(fn, recurse)
+        self.weight.data = _undo_below_fp32(before, self.weight.data)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """`[T, H]` -> at least fp32 `[T, experts]`."""
         x = at_least_fp32(x)
         return F.linear(x, self.weight.to(x.dtype))
+
+
+def _undo_below_fp32(before: Tensor, after: Tensor) -> Tensor:
+    """`after`, or, where that was cast below fp32, `before` on its device: small bits decide which experts win."""
+    return before.to(after.device) if after.dtype.itemsize < 4 else after
 
 
 class MiniMaxM3Experts(nn.Module):
@@ -101,6 +115,13 @@ class MiniMaxM3MoE(nn.Module):
             if config.n_shared_experts
             else None
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        if before is not None and self.e_score_correction_bias is not None:
+            self.e_score_correction_bias = _undo_below_fp32(before, self.e_score_correction_bias)
+        return self
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """fp32 logits `[T, experts]` -> the chosen experts, int64 `[T, top_k]`, and their fp32 weights."""

@@ -19,7 +19,8 @@ class MiniMaxM3CausalLMOutput:
     mtp_per_depth_logits: one `[B, S, vocab]` a MTP depth; depth d at position t predicts the token at t + 2 + d.
     loss: next-token cross-entropy alone, a scalar. aux_loss: load balance of the experts, a scalar.
     hidden_states: `[B, S, H]` of the embeddings, of every layer but the last, and after the final norm.
-    router_logits: fp32 `[B * S, experts]` a MoE layer. indexer_kl: a scalar a sparse layer.
+    router_logits: fp32 `[B * S, experts]` a MoE layer. indexer_kl: a scalar a sparse layer, then one a MTP
+    depth if MTP logits are there too.
     image_hidden_states, video_hidden_states: the features `[tokens, H]` that replaced the placeholders.
     """
 
