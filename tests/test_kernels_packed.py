@@ -400,3 +400,30 @@ def test_empty_batches() -> None:
     assert loss.item() == 0.0
     assert w13.grad is not None
     assert not w13.grad.any()
+
+
+def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of a long document, made tiny here, add up: selection, attention, its gradient and the alignment loss."""
+    for module, name, size in (
+        (kernels.portable.attention, "_TILE_ROWS", 19),
+        (kernels.portable.select, "_TILE_ROWS", 10),
+        (kernels.portable.select, "_TILE_SCORES", 400),
+        (kernels.portable.alignment, "_TILE_SCORES", 64),
+    ):
+        monkeypatch.setattr(module, name, size)
+    case = {"cu_q": [0, 77, 200], "cu_k": [0, 77, 220], "heads": 2, "group": 2, "block_size": 8, "topk": 3, "seed": 0}
+    cu, generator = (case["cu_q"], case["cu_k"]), torch.Generator().manual_seed(2)
+    index_q, index_k = (torch.randn(n, *h, 8, generator=generator) for n, h in ((200, (2,)), (220, ())))
+    for local, score_type in ((1, "max"), (0, "max"), (2, "lse")):
+        selection = {"block_size": 8, "topk_blocks": 3, "local_blocks": local, "score_type": score_type}
+        ids = kernels.select_blocks(index_q, index_k, *cu, **selection)
+        assert torch.equal(ids, kernels.select_blocks(index_q, index_k, *cu, implementation="reference", **selection))
+        both("block_sparse_attention", list(tensors(case)), ids, *cu, block_size=8)
+    q, k, _ = tensors(case)
+    results = []
+    for implementation in ("reference", "portable"):
+        leaves = [x.clone().requires_grad_() for x in (index_q, index_k)]
+        kernels.indexer_kl(q, k, *leaves, ids, *cu, block_size=8, implementation=implementation).backward()
+        results.append([leaf.grad for leaf in leaves])
+    for want, got in zip(*results):
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max()
