@@ -60,7 +60,8 @@ class Group:
 class PocketSource:
     """The training stream. Iterating starts at group `start` and takes every `stride`-th one, without end.
 
-    `text_fraction` is the share of groups that hold text tasks; with the defaults, where a text group is about as long
+    `descriptions_per_picture` conversations list all objects, which supervises every attribute at once;
+    `single_turn_fraction` of the others hold one question, the rest two to six. `text_fraction` is the share of groups that hold text tasks; with the defaults, where a text group is about as long
     as a picture group, also about the share of tokens.
     """
 
@@ -68,6 +69,8 @@ class PocketSource:
     start: int = 0
     stride: int = 1
     questions_per_picture: int = 8
+    descriptions_per_picture: int = 2
+    single_turn_fraction: float = 0.5
     text_fraction: float = 0.3
     kind_weights: Mapping[str, float] = field(default_factory=lambda: dict(KIND_WEIGHTS))
     text_weights: Mapping[str, float] = field(default_factory=lambda: dict(TEXT_WEIGHTS))
@@ -99,12 +102,13 @@ class PocketSource:
         scene = random_scene(rng, num_objects=int(rng.choice(MAX_OBJECTS, p=OBJECT_COUNT_WEIGHTS)) + 1)
         questions = self._questions(scene, rng)
         samples = []
-        # Half of the questions stand alone, as in evaluation; the others share conversations, which costs fewer tokens.
+        # Some questions stand alone, as in evaluation; the others share conversations, which costs fewer tokens.
         while questions:
-            num_turns = 1 if rng.random() < 0.7 else int(rng.integers(2, 5))
+            num_turns = 1 if rng.random() < self.single_turn_fraction else int(rng.integers(2, 7))
             samples.append(self._conversation(questions[:num_turns], rng, picture=True))
             questions = questions[num_turns:]
-        samples.append(self._conversation([describe(scene, rng)], rng, picture=True))
+        for _ in range(self.descriptions_per_picture):
+            samples.append(self._conversation([describe(scene, rng)], rng, picture=True))
         return Group(samples, [draw(scene)])
 
     def _questions(self, scene: Scene, rng: np.random.Generator) -> list[Question]:
@@ -145,8 +149,9 @@ class PocketSource:
                 content = [{"type": "image"}, {"type": "text", "text": text}]
             messages.append({"role": "user", "content": content})
             messages.append({"role": "assistant", "content": question.answer})
-        kind = questions[0].kind
-        return Sample(messages, [0] if picture else [], "picture" if kind in KINDS else kind)
+        # Conversations about a picture that mix kinds of questions are logged as one kind of their own.
+        kind = "picture" if picture and len(questions) > 1 else questions[0].kind
+        return Sample(messages, [0] if picture else [], kind)
 
 
 def untidy(text: str, rng: np.random.Generator) -> str:
