@@ -61,8 +61,9 @@ class PocketSource:
     """The training stream. Iterating starts at group `start` and takes every `stride`-th one, without end.
 
     `descriptions_per_picture` conversations list all objects, which supervises every attribute at once;
-    `single_turn_fraction` of the others hold one question, the rest two to six. `text_fraction` is the share of groups that hold text tasks; with the defaults, where a text group is about as long
-    as a picture group, also about the share of tokens.
+    `single_turn_fraction` of the others hold one question, the rest two to six. `text_fraction` is the share of groups
+    that hold text tasks; with the defaults, where a text group is about as long as a picture group, also about the
+    share of tokens.
     """
 
     seed: int = 0
