@@ -118,9 +118,9 @@ class MiniMaxM3Attention(nn.Module):
                 lambda x, freqs_cis, batch: self(x, freqs_cis=freqs_cis, batch=batch, record=record),
                 x, freqs_cis, attention_mask, padding_mask,
             )  # fmt: skip
-        wants_kl = record is not None and record.indexer_kl is not None
-        wants_blocks = record is not None and record.block_indices is not None
         indexer = self.indexer
+        wants_kl = indexer is not None and record is not None and record.indexer_kl is not None
+        wants_blocks = indexer is not None and record is not None and record.block_indices is not None
         # Up to top-k blocks of context the choice is "all of them": the answer is dense attention's, at dense cost.
         chooses = indexer is not None and batch.max_length_k > indexer.topk_blocks * indexer.block_size
         index_q: Tensor | None = None
@@ -161,7 +161,8 @@ class MiniMaxM3Attention(nn.Module):
                 assert index_k is not None
                 with torch.no_grad():
                     block_indices = kernels.select_blocks(index_q, index_k.squeeze(1), *spans, **indexer.selection)
-            if wants_kl and indexer is not None:
+            if wants_kl:
+                assert indexer is not None
                 assert record is not None
                 assert record.indexer_kl is not None
                 assert index_q is not None
@@ -180,7 +181,7 @@ class MiniMaxM3Attention(nn.Module):
                 )
             else:
                 out, _ = kernels.varlen_attention(q, k, v, *spans, implementation=self.backend)
-        if wants_blocks and indexer is not None:
+        if wants_blocks:
             assert record is not None
             assert record.block_indices is not None
             assert block_indices is not None
