@@ -140,9 +140,9 @@ class CausalLM(nn.Module):
 
     embed_input_ids = embed_tokens_packed
 
-    def compute_logits(self, hidden: Tensor) -> Tensor:
+    def compute_logits(self, hidden_states: Tensor) -> Tensor:
         """Final hidden states `[..., H]` -> logits `[..., vocab]`."""
-        return self.get_output_embeddings()(hidden)
+        return self.get_output_embeddings()(hidden_states)
 
     def pack_for_inference(self) -> None:
         """Pack the projections of sparse layers into one weight each (see `MiniMaxM3Attention.pack_for_inference`)."""

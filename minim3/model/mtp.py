@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from minim3.config import MiniMaxM3VLTextConfig
 from minim3.model.batch import ForwardBatch, ForwardRecord
-from minim3.model.decoder import Block
+from minim3.model.decoder import Block, initialize
 from minim3.model.layers import MiniMaxM3RMSNorm, rotary_table
 from minim3.model.moe import MoEConfig
 
@@ -68,6 +68,11 @@ class MiniMaxM3MTP(nn.Module):
         self.layers = nn.ModuleList(
             [MiniMaxM3MTPBlock(config, moe_config, backend, depth=depth) for depth in range(num_modules)]
         )
+
+    @torch.no_grad()
+    def init_weights(self, buffer_device: torch.device | None = None) -> None:
+        """Fresh weights, as `MiniMaxM3TextModel.init_weights` draws them. `buffer_device` is accepted and unused."""
+        initialize(self, self.config.initializer_range)
 
     def forward_packed(
         self,

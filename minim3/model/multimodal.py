@@ -31,7 +31,8 @@ class VisionLanguage(nn.Module):
     def embed_tokens_packed(self, input_ids: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def get_placeholder_str(self, modality: str, i: int) -> str:
+    @classmethod
+    def get_placeholder_str(cls, modality: str, i: int) -> str:
         """The text that stands for the i-th picture or video of a prompt before it is expanded."""
         if modality not in ("image", "video"):
             raise ValueError(f"modality must be 'image' or 'video', got {modality!r}")
@@ -47,6 +48,23 @@ class VisionLanguage(nn.Module):
     def get_video_features(self, pixel_values_videos: Tensor, video_grid_thw: Tensor | list[list[int]]) -> Tensor:
         """The same for videos: a grid row a chunk of at most a few temporal patches, attended to by itself."""
         return self.get_image_features(pixel_values_videos, video_grid_thw)
+
+    def embed_multimodal(
+        self,
+        *,
+        pixel_values: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        pixel_values_videos: Tensor | None = None,
+        video_grid_thw: Tensor | None = None,
+    ) -> list[Tensor]:
+        """The features `[tokens, H]` of each picture, then of each video chunk: one tensor a grid row."""
+        assert self.config.vision_config is not None
+        merge = self.config.vision_config.spatial_merge_size**2
+        found: list[Tensor] = []
+        for pixels, grid in ((pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)):
+            if pixels is not None and grid is not None:
+                found += self.get_image_features(pixels, grid).split((grid.prod(-1) // merge).tolist())
+        return found
 
     def embed_packed(
         self,

@@ -21,8 +21,12 @@ MiniMaxM3VLForCausalLM = MiniMaxM3SparseForCausalLM
 MiniMaxM3VLTextModel = MiniMaxM3TextModel
 MiniMaxM3VLVisionModel = MiniMaxM3VisionModel
 
-# vLLM
-MiniMAXGemmaRMSNorm = MiniMaxM3RMSNorm
+
+class MiniMAXGemmaRMSNorm(MiniMaxM3RMSNorm):
+    """vLLM's name for the norm, and its name for the dimension."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(hidden_size, eps)
 
 
 class MiniMaxM3SparseAttention(MiniMaxM3Attention):
