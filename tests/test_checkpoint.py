@@ -16,7 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minim3 import checkpoint
-from minim3.checkpoint import CheckpointReader, dequantize_mxfp8, load_into, quantize_mxfp8, write_checkpoint
+from minim3.checkpoint import (
+    CheckpointReader,
+    convert_checkpoint,
+    dequantize_mxfp8,
+    load_into,
+    quantize_mxfp8,
+    write_checkpoint,
+)
 from minim3.checkpoint import progress as progress_module
 from minim3.checkpoint.names import RULES, is_quantized_key, placements, released_keys
 from minim3.checkpoint.writer import FORMATS
@@ -343,6 +350,23 @@ def test_tied_embeddings_are_stored_once_and_need_no_head(tmp_path: Path) -> Non
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}))
     with pytest.raises(ValueError, match="but the model ties the two"):
         load_into(meta(TEXT, tied=tied), tmp_path)
+
+
+def test_tied_embeddings_are_converted_from_either_name(tmp_path: Path) -> None:
+    """A file with the head alone loads into a tied model; converting it must find the tensor, too."""
+    shapes = {"model.embed_tokens.weight": (12, 8), "model.norm.weight": (8,)}
+    tied = ("model.embed_tokens.weight", "lm_head.weight")
+    write_checkpoint(Standin(shapes, tied=tied), tmp_path / "c")
+    embedding = load_file(tmp_path / "c/model.safetensors")[tied[0]]
+    rewrite(tmp_path / "c", lambda tensors: tensors.update({tied[1]: tensors.pop(tied[0])}))
+    convert_checkpoint(tmp_path / "c", tmp_path / "new", meta(shapes, tied=tied), format="fp32")
+    new = load_file(tmp_path / "new/model.safetensors")
+    assert new.keys() == shapes.keys()
+    assert torch.equal(new[tied[0]], embedding)
+    rewrite(tmp_path / "c", lambda tensors: tensors.update({tied[0]: tensors[tied[1]] + 1}))
+    with pytest.raises(ValueError, match=r"differs from .*, but the model ties the two"):
+        convert_checkpoint(tmp_path / "c", tmp_path / "other", meta(shapes, tied=tied), format="fp32")
+    assert not (tmp_path / "other").exists()
 
 
 def test_text_part_of_a_vision_language_checkpoint(tmp_path: Path) -> None:
@@ -694,7 +718,7 @@ _MEMORY_SCRIPT = """
     import sys, threading, time
     import torch
     from torch import nn
-    from minim3.checkpoint import load_into, write_checkpoint
+    from minim3.checkpoint import convert_checkpoint, load_into, write_checkpoint
     from minim3.config import MiniMaxM3VLTextConfig
     torch.set_num_threads(1)
 
@@ -747,7 +771,9 @@ _MEMORY_SCRIPT = """
         with Peak() as load:
             load_into(model, name, dtype=torch.float32)
         del model
-        print(kind, write.growth, load.growth)
+        with Peak() as convert:
+            convert_checkpoint(name, f"{name}-converted", meta(), format="bf16" if kind == "mxfp8" else "mxfp8")
+        print(kind, write.growth, load.growth, convert.growth)
 """
 
 
@@ -758,11 +784,12 @@ def test_memory_is_the_model_and_one_tensor(tmp_path: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(_MEMORY_SCRIPT), str(tmp_path)]
     out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     tensor, model, slack = 2**22, 24 * 2**22, 4 * 2**20
-    measured = {kind: (int(write), int(load)) for kind, write, load in map(str.split, out.stdout.splitlines())}
+    measured = {kind: tuple(map(int, growths)) for kind, *growths in map(str.split, out.stdout.splitlines())}
     measured.pop("warm-up")
     assert len(measured) == 3
-    for kind, (write_growth, load_growth) in measured.items():
+    for kind, (write_growth, load_growth, convert_growth) in measured.items():
         # What is made of the one tensor: nothing, a bf16 copy, or an fp32 copy and its quantized form.
         assert write_growth <= 2 * tensor + slack, (kind, write_growth)
+        assert convert_growth <= 3 * tensor + slack, (kind, convert_growth)  # the same, and it dequantized
         assert load_growth <= model + tensor + slack, (kind, load_growth)
         assert load_growth >= model * 3 // 4, "the measurement sees the model at all"

@@ -1,9 +1,11 @@
 """Checkpoints: the released safetensors layout in and out, lazily, with every key accounted for.
 
 Where to look: `names` (which key holds which parameter), `mxfp8` (the quantized format), `reader` (files and index),
-`loader` (into a model), `writer` (out of one), `folder` (replacing a folder at once), `hub` (a name to a folder).
+`loader` (into a model), `writer` (out of one), `convert` (from files to files), `folder` (replacing a folder at once),
+`hub` (a name to a folder).
 """
 
+from minim3.checkpoint.convert import convert_checkpoint
 from minim3.checkpoint.hub import read_config, read_generation_config, resolve_checkpoint
 from minim3.checkpoint.loader import load_into
 from minim3.checkpoint.mxfp8 import dequantize_mxfp8, quantize_mxfp8
@@ -12,6 +14,7 @@ from minim3.checkpoint.writer import write_checkpoint
 
 __all__ = [
     "CheckpointReader",
+    "convert_checkpoint",
     "dequantize_mxfp8",
     "has_mtp_tensors",
     "load_into",

@@ -28,7 +28,7 @@ _NAMED = 8  # names of each kind that an error lists before it counts the rest
 
 
 @dataclass
-class _Target:
+class LoadTarget:
     """One parameter or persistent buffer. A tied parameter is one target with two slots."""
 
     tensor: Tensor
@@ -51,15 +51,16 @@ class _Target:
             self.tensor = storage
 
 
-def _targets(model: nn.Module) -> dict[str, _Target]:
-    by_id: dict[int, _Target] = {}
-    named: dict[str, _Target] = {}
+def find_targets(model: nn.Module) -> dict[str, LoadTarget]:
+    """Parameters and persistent buffers by name, storage or not; both names of a tied one give the same target."""
+    by_id: dict[int, LoadTarget] = {}
+    named: dict[str, LoadTarget] = {}
     for prefix, module in model.named_modules():
         own: dict[str, Tensor | None] = {**module._parameters}
         own |= {name: t for name, t in module._buffers.items() if name not in module._non_persistent_buffers_set}
         for name, tensor in own.items():
             if tensor is not None:
-                target = by_id.setdefault(id(tensor), _Target(tensor))
+                target = by_id.setdefault(id(tensor), LoadTarget(tensor))
                 target.slots.append((module, name))
                 target.names.append(f"{prefix}.{name}" if prefix else name)
                 named[target.names[-1]] = target
@@ -69,7 +70,7 @@ def _targets(model: nn.Module) -> dict[str, _Target]:
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name; tied embeddings under the embedding's name, without the head's."""
     found = {}
-    for name, target in _targets(model).items():
+    for name, target in find_targets(model).items():
         embeddings = [other for other in target.names if other.endswith("embed_tokens.weight")]
         if name == (embeddings or target.names)[0]:
             found[name] = target.tensor
@@ -77,10 +78,10 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @dataclass
-class _Plan:
-    """key -> where it goes, and everything that is wrong."""
+class LoadPlan:
+    """For each key of a checkpoint where it goes, and the keys of everything that is wrong."""
 
-    moves: dict[str, list[tuple[Placement, _Target]]] = field(default_factory=dict)
+    moves: dict[str, list[tuple[Placement, LoadTarget]]] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
     twice: list[str] = field(default_factory=list)
@@ -103,8 +104,12 @@ class _Plan:
             raise ValueError(f"{path} does not fit the model: " + "; ".join(parts))
 
 
-def _plan(reader: CheckpointReader, targets: dict[str, _Target], text_only: bool) -> _Plan:
-    plan = _Plan()
+def plan_loading(reader: CheckpointReader, targets: dict[str, LoadTarget], text_only: bool = False) -> LoadPlan:
+    """Matches keys and targets by name and shape, reading no tensor; what does not fit is for `LoadPlan.check`.
+
+    text_only: keys of the vision part are skipped, and the text part's lose the prefix that they have beside it.
+    """
+    plan = LoadPlan()
     filled: dict[tuple[str, int | None, int | None], str] = {}
     for key in reader:
         if text_only and key.startswith(VISION_PREFIXES):
@@ -142,7 +147,7 @@ def _plan(reader: CheckpointReader, targets: dict[str, _Target], text_only: bool
     return plan
 
 
-def _cells(place: Placement, target: _Target) -> list[tuple[str, int | None, int | None]]:
+def _cells(place: Placement, target: LoadTarget) -> list[tuple[str, int | None, int | None]]:
     """The pieces of a parameter that a placement fills: one, or all pieces of a stack."""
     if not is_expert_stack(place.name):
         return [(place.name, None, None)]
@@ -168,9 +173,9 @@ def load_into(
     Returns the keys that `text_only` skipped. Raises `ValueError` naming every key that is missing, unknown or of the
     wrong shape, before anything is loaded.
     """
-    targets = _targets(model)
+    targets = find_targets(model)
     with CheckpointReader(path) as reader:
-        plan = _plan(reader, targets, text_only)
+        plan = plan_loading(reader, targets, text_only)
         plan.check(reader.path)
         if dtype is None:
             embedding = [key for key in plan.moves if key.endswith("embed_tokens.weight")]

@@ -1,4 +1,4 @@
-"""Saving: a model as the released safetensors layout, one tensor at a time.
+"""Writing the released safetensors layout, one tensor at a time: a model, or whatever gives tensors by its names.
 
 The safetensors format is an 8-byte little-endian length, a JSON header (name -> dtype, shape, byte range) and the bytes
 of the tensors. Shapes are known before any tensor is cast or quantized, so the header is written first and each tensor
@@ -7,10 +7,11 @@ streamed after it: no shard is ever held in memory.
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -37,18 +38,14 @@ _NAMES = {
 
 
 @dataclass(frozen=True)
-class _Entry:
+class Entry:
     """One tensor of the file, before its bytes exist. `quantized`: MXFP8 weight, followed by its scales."""
 
     key: str
-    tensor: Tensor
-    place: Placement
-    dtype: torch.dtype
+    shape: list[int]
+    dtype: torch.dtype  # as written, where it is not quantized
     quantized: bool
-
-    @property
-    def shape(self) -> list[int]:
-        return list(self.place.of_parameter(self.tensor).shape)
+    read: Callable[[], Tensor]  # gives the tensor when its turn to be written comes
 
     def header(self) -> list[tuple[str, torch.dtype, list[int]]]:
         """(key, dtype, shape) of what is written, in order."""
@@ -58,39 +55,79 @@ class _Entry:
         return [(self.key, torch.float8_e4m3fn, self.shape), (self.key + SCALE_SUFFIX, torch.uint8, scales)]
 
     def num_bytes(self) -> int:
+        """Of the tensor as written, scales included."""
         return sum(_num_bytes(dtype, shape) for _, dtype, shape in self.header())
 
     def parts(self) -> Iterator[Tensor]:
         """The tensors to write, made now."""
-        view = self.place.of_parameter(self.tensor.detach())
+        tensor = self.read()
         if not self.quantized:
-            yield view.to("cpu", self.dtype)
+            yield tensor.to("cpu", self.dtype)
             return
         try:
-            yield from quantize_mxfp8(view.cpu())
+            yield from quantize_mxfp8(tensor.cpu())
         except ValueError as error:
             raise ValueError(f"{self.key}: {error}") from error
+
+
+class WrittenSize(NamedTuple):
+    """What `write_entries` wrote: bytes of all tensors, and the number of safetensors files."""
+
+    num_bytes: int
+    num_files: int
 
 
 def _num_bytes(dtype: torch.dtype, shape: list[int]) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def _entries(model: nn.Module, format: str | None) -> list[_Entry]:
+def released_entries(model: nn.Module, format: str | None, read: Callable[[Placement], Tensor]) -> list[Entry]:
+    """Everything to be written of `model`, in the released layout; its names and shapes suffice.
+
+    format: as for `write_checkpoint`, `ValueError` for an unknown one. read: gives the piece of a parameter that a
+    placement names; called once for each entry, as it is written.
+    """
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
     entries = []
     for name, tensor in named_tensors(model).items():
-        assert not tensor.is_meta, f"{name} has no storage"
-        experts = tensor.shape[0] if is_expert_stack(name) else None
-        for key, place in released_keys(name, experts):
-            dtype = tensor.dtype
-            if format is not None and tensor.is_floating_point():
-                dtype = torch.float32 if format == "fp32" or is_router(name) else torch.bfloat16
-            entries.append(_Entry(key, tensor, place, dtype, format == "mxfp8" and is_quantized_key(key)))
+        dtype = tensor.dtype
+        if format is not None and tensor.is_floating_point():
+            dtype = torch.float32 if format == "fp32" or is_router(name) else torch.bfloat16
+        for key, place in released_keys(name, tensor.shape[0] if is_expert_stack(name) else None):
+            shape = list(place.of_parameter(tensor).shape)
+            quantized = format == "mxfp8" and is_quantized_key(key)
+            entries.append(Entry(key, shape, dtype, quantized, partial(read, place)))
     return entries
 
 
-def _shards(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:
-    shards: list[list[_Entry]] = [[]]
+def write_entries(
+    folder: Path, entries: list[Entry], config: Any, format: str | None, max_shard_bytes: int | None, description: str
+) -> WrittenSize:
+    """Writes weights, their index where there is more than one file, and config.json into an existing folder.
+
+    One tensor is in memory at a time. max_shard_bytes: of one file, unless a single tensor exceeds it (None: 5e9);
+    `ValueError` unless positive. description: of the progress bar.
+    """
+    if max_shard_bytes is not None and max_shard_bytes <= 0:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number of bytes")
+    shards = _shards(entries, max_shard_bytes or DEFAULT_SHARD_BYTES)
+    total = sum(entry.num_bytes() for entry in entries)
+    weight_map: dict[str, str] = {}
+    with ByteProgress(description, total) as progress:
+        for i, shard in enumerate(shards, 1):
+            name = SINGLE_FILE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+            _write_file(folder / name, shard, progress)
+            weight_map |= {key: name for entry in shard for key, _, _ in entry.header()}
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_config_dict(folder, _config_dict(config, entries, format))
+    return WrittenSize(total, len(shards))
+
+
+def _shards(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
         if shards[-1] and size + entry.num_bytes() > max_bytes:
@@ -101,7 +138,7 @@ def _shards(entries: list[_Entry], max_bytes: int) -> list[list[_Entry]]:
     return shards
 
 
-def _write_file(file: Path, entries: list[_Entry], progress: ByteProgress) -> None:
+def _write_file(file: Path, entries: list[Entry], progress: ByteProgress) -> None:
     # Widest elements first: every tensor then starts at a multiple of its element size, as readers of a map need.
     entries = sorted(entries, key=lambda entry: (-entry.header()[0][1].itemsize, entry.key))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -122,7 +159,7 @@ def _write_file(file: Path, entries: list[_Entry], progress: ByteProgress) -> No
                 progress.advance(flat.nbytes)
 
 
-def _config_dict(config: Any, entries: list[_Entry], format: str | None) -> dict[str, Any]:
+def _config_dict(config: Any, entries: list[Entry], format: str | None) -> dict[str, Any]:
     """The config as written: with the dtype and the quantization that the files now have."""
     out: dict[str, Any] = config.to_dict()
     embedding = next((entry for entry in entries if entry.key.endswith("embed_tokens.weight")), entries[0])
@@ -173,25 +210,14 @@ def write_checkpoint(
     replaced, its other files kept. Raises `ValueError` for an unknown format, for a folder that holds something other
     than a checkpoint, and for values that MXFP8 cannot hold.
     """
-    if format is not None and format not in FORMATS:
-        raise ValueError(f"format is {format!r}; expected one of {', '.join(FORMATS)}")
-    if max_shard_bytes is not None and max_shard_bytes <= 0:
-        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; expected a positive number of bytes")
+    tensors = named_tensors(model)
+    for name, tensor in tensors.items():
+        assert not tensor.is_meta, f"{name} has no storage"
+    entries = released_entries(model, format, lambda place: place.of_parameter(tensors[place.name].detach()))
     config: Any = model.config
     _warn_where_transformers_differs(config.text_config if isinstance(config, MiniMaxM3VLConfig) else config)
-    entries = _entries(model, format)
-    shards = _shards(entries, max_shard_bytes or DEFAULT_SHARD_BYTES)
-    total = sum(entry.num_bytes() for entry in entries)
-    with replaced_folder(path) as folder, ByteProgress(f"Saving {Path(path).name}", total) as progress:
-        weight_map: dict[str, str] = {}
-        for i, shard in enumerate(shards, 1):
-            name = SINGLE_FILE if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-            _write_file(folder / name, shard, progress)
-            weight_map |= {key: name for entry in shard for key, _, _ in entry.header()}
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        write_config_dict(folder, _config_dict(config, entries, format))
+    with replaced_folder(path) as folder:
+        write_entries(folder, entries, config, format, max_shard_bytes, f"Saving {Path(path).name}")
         generation_config = getattr(model, "generation_config", None)
         if generation_config is not None:
             text = json.dumps(dict(generation_config), indent=2, sort_keys=True)

@@ -170,9 +170,9 @@ def convert(
     version: Version = False,
 ) -> None:
     """Write a checkpoint in another number format."""
-    from minim3.cli.convert import convert_checkpoint, parse_size
+    from minim3.cli.convert import parse_size, run_convert
 
-    convert_checkpoint(source, destination, format.value, parse_size(max_shard_size))
+    run_convert(source, destination, format.value, parse_size(max_shard_size))
 
 
 @app.command()
