@@ -12,7 +12,7 @@ ROOT = Path(minim3.__file__).parent
 
 # The lowest first. A part may import from parts in the rows above its own, and from itself.
 ROWS = (
-    ("config", "config_reader", "kernels"),
+    ("config", "kernels"),
     ("checkpoint", "processing"),
     ("model",),
     ("loading",),
@@ -26,7 +26,6 @@ ROWS = (
 UPWARD = {
     ("minim3.model.causal_lm", "inference"),  # model.generate is a thin method over the engine
 }
-SAME_ROW = {("config", "config_reader")}  # one thing in two files
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -70,7 +69,7 @@ def test_imports_run_down_only() -> None:
             continue  # the public names, imported lazily: see test_the_package_itself_imports_nothing
         part = part_of(module)
         for name, node in imported(path):
-            if not name.startswith("minim3.") or part_of(name) == part or (part, part_of(name)) in SAME_ROW:
+            if not name.startswith("minim3.") or part_of(name) == part:
                 continue
             if row_of(part_of(name)) < row_of(part):
                 continue

@@ -5,6 +5,7 @@ differently. All errors are `ValueError`s that name the level, the field and bot
 """
 
 import copy
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,15 @@ SPARSE_FIELDS = {
 _INDEX_SIZES = ("index_n_heads", "index_head_dim", "index_block_size", "index_topk_blocks")
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16", "float64")
+
+# Fields of the config classes that are not written under their own name, as they stand.
+NOT_WRITTEN = {"layer_types", "mlp_layer_types", "torch_dtype", "quantization_config"}
+NOT_WRITTEN |= {"extra", "sparse_extra", "as_read", "compression_extra"}
+
+
+def bookkeeping(compare: bool = True) -> Any:
+    """A field of a config class for what was read and is only written back."""
+    return dataclasses.field(default_factory=dict, hash=False, repr=False, compare=compare)
 
 
 def require_one_of(name: str, value: Any, allowed: Sequence[Any]) -> None:
@@ -65,6 +75,24 @@ def require_per_layer(name: str, value: Any, num_layers: int) -> tuple[Any, ...]
     if len(value) != num_layers:
         raise ValueError(f"{name} has {len(value)} entries, but num_hidden_layers is {num_layers}")
     return tuple(value)
+
+
+def check_fields(config: Any, where: str, positive: tuple[str, ...]) -> None:
+    """Raises unless the scalars of a config have the type of their default, `positive` are, and nothing is negative."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            like: Any = value if dataclasses.is_dataclass(value) else 0
+        else:
+            like = f.default
+        if isinstance(like, (bool, int, float, str)):
+            value = require_type(where + f.name, value, like)
+            object.__setattr__(config, f.name, value)
+            if not isinstance(value, str) and value < 0:
+                raise ValueError(f"{where}{f.name} is {value}; expected at least 0")
+    for name in positive:
+        if getattr(config, name) <= 0:
+            raise ValueError(f"{where}{name} is {getattr(config, name)}; expected more than 0")
 
 
 class FieldReader:

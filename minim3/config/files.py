@@ -1,0 +1,25 @@
+"""The file config.json itself."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_config_dict(folder: Path, config: Mapping[str, Any]) -> None:
+    """Writes `config.json` into an existing folder."""
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_config_dict(path: str | Path) -> dict[str, Any]:
+    """The raw `config.json` of a checkpoint folder. Raises `ValueError` naming the file that is missing or broken."""
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist: a checkpoint folder holds config.json beside its safetensors files")
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} holds a {type(raw).__name__}; expected an object")
+    return raw
