@@ -305,6 +305,20 @@ def test_every_parameter_learns_and_the_indexer_from_its_own_loss_alone() -> Non
             assert torch.equal(parameter.grad, before[name]), f"{name} is moved by the alignment loss"
 
 
+@pytest.mark.parametrize("backend", ["reference", "portable"])
+def test_autocast_leaves_router_and_kernels_in_fp32(backend: str) -> None:
+    """Autocast turned products inside the ops to bf16: the experts crashed, the router lost its small bits."""
+    model, prompt = vl_model(backend=backend), media_prompt()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**prompt, labels=prompt["input_ids"], output_router_logits=True, output_indexer_kl=True)
+        generated = model.generate(**prompt, max_new_tokens=3, eos_token_id=None)
+    assert {logits.dtype for logits in output.router_logits} == {torch.float32}
+    (output.loss + sum(output.indexer_kl)).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert generated.shape[1] == prompt["input_ids"].shape[1] + 3
+    assert abs(output.loss - model(**prompt, labels=prompt["input_ids"]).loss) < 0.1
+
+
 def test_fp64_model_and_finite_differences() -> None:
     """fp32 inside means at least fp32: a model in fp64 has gradients that central differences confirm."""
     model = text_model().cast(torch.float64)

@@ -5,7 +5,9 @@ Shapes and meaning: the docstrings in `minim3.kernels.reference`, which is the d
 choice of `resolve`. T packed queries, S packed keys, N sequences; lengths are int32 tensors or sequences of integers.
 """
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,8 +53,12 @@ def resolve(implementation: str | None, op: str, device: torch.device | str, dty
     return implementation
 
 
-def _module(implementation: str | None, op: str, tensor: Tensor) -> ModuleType:
-    return _MODULES[resolve(implementation, op, tensor.device, tensor.dtype)]
+def _function(implementation: str | None, op: str, tensor: Tensor) -> Callable[..., Any]:
+    """What runs `op`. Under autocast it runs with autocast off, which would take products below fp32 again."""
+    function: Callable[..., Any] = getattr(_MODULES[resolve(implementation, op, tensor.device, tensor.dtype)], op)
+    if torch.is_autocast_enabled(tensor.device.type):
+        return torch.autocast(tensor.device.type, enabled=False)(function)
+    return function
 
 
 def _check_heads(q: Tensor, k_heads: int, block_indices: Tensor | None) -> None:
@@ -71,7 +77,7 @@ def select_blocks(
     scale: float | None = None, implementation: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Choose key blocks: `index_q` `[T, Hi, Di]`, `index_k` `[S, Di]` -> int32 `[T, Hi, topk_blocks]`."""
-    return _module(implementation, "select_blocks", index_q).select_blocks(
+    return _function(implementation, "select_blocks", index_q)(
         index_q, index_k, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, block_size=block_size,
         topk_blocks=topk_blocks, init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
     )  # fmt: skip
@@ -83,7 +89,7 @@ def select_blocks_paged(
     scale: float | None = None, implementation: str | None = None,
 ) -> Tensor:  # fmt: skip
     """`select_blocks` over index key pages `[P, page, Di]`; `page_table[n]` lists those of sequence n."""
-    return _module(implementation, "select_blocks_paged", index_q).select_blocks_paged(
+    return _function(implementation, "select_blocks_paged", index_q)(
         index_q, index_k_pages, page_table, lengths_k, cu_seqlens_q, block_size=block_size, topk_blocks=topk_blocks,
         init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
     )  # fmt: skip
@@ -95,7 +101,7 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend the selected blocks: `[T, Hq, D]`, `[S, Hkv, D]`, `[T, Hkv, K]` -> (out `[T, Hq, D]`, lse `[T, Hq]`)."""
     _check_heads(q, k.shape[1], block_indices)
-    return _module(implementation, "block_sparse_attention", q).block_sparse_attention(
+    return _function(implementation, "block_sparse_attention", q)(
         q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, block_size=block_size, scale=scale
     )
 
@@ -106,7 +112,7 @@ def varlen_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Dense attention within each sequence: `[T, Hq, D]`, `[S, Hkv, D]` -> (out `[T, Hq, D]`, lse `[T, Hq]`)."""
     _check_heads(q, k.shape[1], None)
-    return _module(implementation, "varlen_attention", q).varlen_attention(
+    return _function(implementation, "varlen_attention", q)(
         q, k, v, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, causal=causal, scale=scale
     )
 
@@ -117,7 +123,7 @@ def block_sparse_attention_paged(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`block_sparse_attention` over pages `[P, Hkv, page, D]`; `lengths_k` counts the new tokens too (no gradient)."""
     _check_heads(q, k_pages.shape[1], block_indices)
-    return _module(implementation, "block_sparse_attention_paged", q).block_sparse_attention_paged(
+    return _function(implementation, "block_sparse_attention_paged", q)(
         q, k_pages, v_pages, page_table, lengths_k, block_indices, cu_seqlens_q, block_size=block_size, scale=scale
     )
 
@@ -128,7 +134,7 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Dense causal attention over pages `[P, Hkv, page, D]`; `lengths_k` counts the new tokens too (no gradient)."""
     _check_heads(q, k_pages.shape[1], None)
-    return _module(implementation, "paged_attention", q).paged_attention(
+    return _function(implementation, "paged_attention", q)(
         q, k_pages, v_pages, page_table, lengths_k, cu_seqlens_q, scale=scale
     )
 
@@ -142,7 +148,7 @@ def indexer_kl(
     _check_heads(q, k.shape[1], block_indices)
     if index_q.shape[1] != k.shape[1]:
         raise ValueError(f"{index_q.shape[1]} index heads for {k.shape[1]} KV heads; the indexer needs one per KV head")
-    return _module(implementation, "indexer_kl", q).indexer_kl(
+    return _function(implementation, "indexer_kl", q)(
         q, k, index_q, index_k, block_indices, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, block_size=block_size,
         scale=scale, index_scale=index_scale,
     )  # fmt: skip
@@ -153,6 +159,6 @@ def grouped_experts(
     beta: float = 1.0, implementation: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Weighted sum of each token's experts: `x` `[T, hidden]`, ids and weights `[T, K]` -> `[T, hidden]`."""
-    return _module(implementation, "grouped_experts", x).grouped_experts(
+    return _function(implementation, "grouped_experts", x)(
         x, w13, w2, expert_ids, expert_weights, alpha=alpha, limit=limit, beta=beta
     )

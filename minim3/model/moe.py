@@ -67,7 +67,8 @@ class MiniMaxM3Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[T, H]` -> at least fp32 `[T, experts]`."""
         x = at_least_fp32(x)
-        return F.linear(x, self.weight.to(x.dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, self.weight.to(x.dtype))
 
 
 def _undo_below_fp32(before: Tensor, after: Tensor) -> Tensor:
