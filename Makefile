@@ -53,6 +53,7 @@ eval-pocket: $(VENV)/.core
 	@$(BIN)/python -m minim3.pocket.evaluate $(if $(MODEL),--model $(MODEL))
 
 train-pocket: $(VENV)/.test
+	$(BIN)/python -m minim3.pocket.warmup recipes/pocket_config.json runs/pocket-vision
 	$(BIN)/minim3 train recipes/pocket.yaml
 
 clean:

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minim3.pocket
-from minim3.pocket import evaluate, questions, text_tasks, wordings, world
+from minim3.config import MiniMaxM3VLConfig
+from minim3.model.causal_lm import MiniMaxM3SparseForConditionalGeneration
+from minim3.pocket import evaluate, questions, text_tasks, warmup, wordings, world
 from minim3.pocket.questions import KINDS, Look, Question, is_right
 from minim3.pocket.source import Group, PocketSource, Sample
 from minim3.pocket.text_tasks import TEXT_KINDS
@@ -28,8 +31,10 @@ from minim3.pocket.world import (
     draw,
     random_scene,
 )
+from minim3.processing.image import MiniMaxM3VLImageProcessor
 
 WEIGHTS = Path(minim3.pocket.__file__).parent / "weights"
+RECIPES = Path(__file__).parents[1] / "recipes"
 seeds = st.integers(0, 2**63 - 1)
 
 
@@ -479,3 +484,36 @@ def test_model_answers_reads_only_what_was_generated() -> None:
         [(draw(random_scene(np.random.default_rng(0))), "What colour is the ring?"), (None, "Hello")]
     )
     assert answers == ["red", "the blue star"]
+
+
+def test_centres_lie_on_the_lattice() -> None:
+    """The tower was trained on these offsets alone: an evaluation off the lattice would ask for what was never shown."""
+    for seed in range(30):
+        for one in random_scene(np.random.default_rng(seed)).objects:
+            assert one.x % world.LATTICE == 0
+            assert one.y % world.LATTICE == 0
+
+
+def test_the_first_lesson_names_the_object_of_each_cell() -> None:
+    """Targets in another order than the features would teach the tower that things lie elsewhere."""
+    scene = random_scene(np.random.default_rng(3))
+    targets = warmup.cell_targets(scene).view(4, 4, 3)
+    assert int((targets[..., 0] > 0).sum()) == len({(one.x // 28, one.y // 28) for one in scene.objects})
+    largest = max(scene.objects, key=lambda one: one.diameter)
+    colour, shape, size = targets[int(largest.y // 28), int(largest.x // 28)].tolist()
+    assert list(COLOURS)[colour - 1] == largest.colour
+    assert SHAPES[shape - 1] == largest.shape
+    assert list(SIZES)[size - 1] == largest.size
+
+
+def test_the_first_lesson_teaches_colours_at_once() -> None:
+    """A few steps must move the tower: a lesson that reaches no weight would pass unnoticed until the long run failed."""
+    torch.manual_seed(0)
+    raw = json.loads((RECIPES / "pocket_config.json").read_text())
+    raw["vision_config"]["num_hidden_layers"] = 1
+    model = MiniMaxM3SparseForConditionalGeneration.from_config(MiniMaxM3VLConfig.from_dict(raw))
+    before = model.vision_tower.vision_model.embeddings.patch_embedding.weight.clone()
+    head = model.get_output_embeddings().weight.clone()
+    warmup.warm_up(model, MiniMaxM3VLImageProcessor(max_pixels=12544), steps=3, num_pictures=4)
+    assert not torch.equal(before, model.vision_tower.vision_model.embeddings.patch_embedding.weight)
+    assert torch.equal(head, model.get_output_embeddings().weight)

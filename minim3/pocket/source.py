@@ -17,7 +17,7 @@ from minim3.pocket.text_tasks import TEXT_KINDS, ask_text, small_talk
 from minim3.pocket.world import MAX_OBJECTS, Scene, draw, random_scene
 
 # First entry of the seed sequence: training and evaluation never draw the same numbers, whatever their seeds.
-TRAINING_STREAM, EVALUATION_STREAM, DEMO_STREAM = 1, 2, 3
+TRAINING_STREAM, EVALUATION_STREAM, DEMO_STREAM, WARMUP_STREAM = 1, 2, 3, 4
 
 # The harder a kind, the more often it is asked.
 KIND_WEIGHTS = {
@@ -29,7 +29,7 @@ KIND_WEIGHTS = {
     "exists": 1.3,
     "relation": 3.5,
 }
-TEXT_WEIGHTS = {"copy": 0.15, "lookup": 0.3, "sum": 0.5, "small_talk": 0.05}
+TEXT_WEIGHTS = {"copy": 0.28, "lookup": 0.28, "sum": 0.4, "small_talk": 0.04}
 # Conversations of a text group, and the most turns one of them has.
 TEXT_GROUPS = {"copy": (6, 1), "lookup": (3, 2), "sum": (6, 5), "small_talk": (4, 3)}
 # Scenes of 1 to 6 objects: a full one answers more questions.
