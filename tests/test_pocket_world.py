@@ -487,7 +487,7 @@ def test_model_answers_reads_only_what_was_generated() -> None:
 
 
 def test_centres_lie_on_the_lattice() -> None:
-    """The tower was trained on these offsets alone: an evaluation off the lattice would ask for what was never shown."""
+    """The tower was trained on these offsets alone: evaluation off the lattice asks for what was never shown."""
     for seed in range(30):
         for one in random_scene(np.random.default_rng(seed)).objects:
             assert one.x % world.LATTICE == 0
@@ -507,7 +507,7 @@ def test_the_first_lesson_names_the_object_of_each_cell() -> None:
 
 
 def test_the_first_lesson_teaches_colours_at_once() -> None:
-    """A few steps must move the tower: a lesson that reaches no weight would pass unnoticed until the long run failed."""
+    """A lesson that reaches no weight would pass unnoticed until the long run failed."""
     torch.manual_seed(0)
     raw = json.loads((RECIPES / "pocket_config.json").read_text())
     raw["vision_config"]["num_hidden_layers"] = 1
