@@ -13,13 +13,18 @@ POCKET = Path(__file__).parent / "pocket" / "weights"
 
 
 def load(
-    path: str | Path | None = None, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    path: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    require_tokenizer: bool = False,
 ) -> tuple[MiniMaxM3SparseForConditionalGeneration | MiniMaxM3SparseForCausalLM, MiniMaxM3VLProcessor]:
     """Load a checkpoint (a folder or a hub id; None: pocket, the model that ships with minim3) and its processor.
 
     dtype: of the weights. None: what the config names on an accelerator; fp32 on a CPU, where bf16 arithmetic is
     emulated and several times slower. device: None is the CPU. The model is in evaluation mode; its class is
     `MiniMaxM3SparseForConditionalGeneration`, or `MiniMaxM3SparseForCausalLM` for a text-only checkpoint.
+    Weights without a tokenizer load too, with a processor for media alone, unless `require_tokenizer`.
     Raises ValueError for a folder that is no whole checkpoint, with what is missing.
     """
     folder = checkpoint.resolve_checkpoint(POCKET if path is None else path)
@@ -28,5 +33,5 @@ def load(
         dtype = torch.float32
     text_only = isinstance(checkpoint.read_config(folder), MiniMaxM3VLTextConfig)
     model_class = MiniMaxM3SparseForCausalLM if text_only else MiniMaxM3SparseForConditionalGeneration
-    processor = MiniMaxM3VLProcessor.from_pretrained(folder)
+    processor = MiniMaxM3VLProcessor.from_pretrained(folder, require_tokenizer=require_tokenizer)
     return model_class.from_pretrained(folder, dtype=dtype, device=device), processor

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import minim3
 from minim3.config import MiniMaxM3VLTextConfig
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration
 
@@ -90,3 +91,16 @@ def test_mtp_logits(tmp_path):
         freqs_cis=model.model.make_freqs_cis(torch.arange(expected["input_ids"].shape[1])[None]),
     )
     torch.testing.assert_close(padded[1], expected["mtp_logits.1"], atol=1e-4, rtol=0)
+
+
+def test_load_takes_weights_without_a_tokenizer() -> None:
+    """`minim3.load` refused this folder, though only text needs the tokenizer that it lacks."""
+    model, processor = minim3.load(GOLDEN / "vl_tiny", dtype=torch.float32)
+    assert isinstance(model, minim3.MiniMaxM3SparseForConditionalGeneration)
+    patches = processor.image_processor(images=[torch.zeros(3, 56, 84, dtype=torch.uint8)])
+    assert patches["image_grid_thw"].tolist() == [[1, 4, 6]]
+    for needs_text in (lambda: processor(text="hi"), lambda: processor.decode([1])):
+        with pytest.raises(ValueError, match="needs a tokenizer"):
+            needs_text()
+    with pytest.raises(ValueError, match=r"no tokenizer\.json"):
+        minim3.load(GOLDEN / "vl_tiny", require_tokenizer=True)

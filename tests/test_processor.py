@@ -190,7 +190,7 @@ def test_text_only_processor(tokenizer: Tokenizer, picture: Image.Image, tmp_pat
     with pytest.raises(ValueError, match="takes no video"):
         processor(text=VIDEO, videos=[clip(2)])
     with pytest.raises(ValueError, match="needs a tokenizer"):
-        MiniMaxM3VLProcessor()
+        MiniMaxM3VLProcessor()(text="hi")
 
 
 def test_a_tokenizer_without_the_control_tokens_is_named(tokenizer_json: str) -> None:

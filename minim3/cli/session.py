@@ -131,7 +131,7 @@ class Session:
             torch.set_num_threads(options.threads)
         device = choose_device(options.device)
         dtype = None if options.dtype == "auto" else choose_dtype(options.dtype, device, None)
-        self.model, self.processor = load(options.model, dtype, device)
+        self.model, self.processor = load(options.model, dtype, device, require_tokenizer=True)
         self.model.pack_for_inference()
         self.stop = sampling.stop
         defaults = self.model.generation_config or {}

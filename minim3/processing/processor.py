@@ -33,7 +33,7 @@ from minim3.processing.placeholders import (
     process_videos,
 )
 from minim3.processing.template import ChatTemplate
-from minim3.processing.tokenizer import END_OF_TURN, Tokenizer
+from minim3.processing.tokenizer import END_OF_TURN, TOKENIZER_FILE, Tokenizer
 from minim3.processing.video import MiniMaxM3VLVideoProcessor
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
@@ -66,7 +66,8 @@ class MiniMaxM3VLProcessor:
 
     Args:
         image_processor, video_processor: None for a text-only model, which then refuses pictures and clips.
-        tokenizer: see `minim3.processing.tokenizer.Tokenizer`.
+        tokenizer: see `minim3.processing.tokenizer.Tokenizer`. None for bare weights: then only the image and video
+            processors can be used, and whatever needs text is a ValueError.
         chat_template: Jinja source; None for the built-in rendering of the documented format.
     """
 
@@ -77,31 +78,37 @@ class MiniMaxM3VLProcessor:
         video_processor: MiniMaxM3VLVideoProcessor | None = None,
         chat_template: str | None = None,
     ) -> None:
-        if tokenizer is None:
-            raise ValueError("MiniMaxM3VLProcessor needs a tokenizer")
         self.image_processor = image_processor
-        self.tokenizer = tokenizer
+        self._tokenizer = tokenizer
         self.video_processor = video_processor
         self.chat_template = chat_template
         self._compiled: ChatTemplate | None = None if chat_template is None else ChatTemplate(chat_template)
         self.image_token, self.video_token = IMAGE_TOKEN, VIDEO_TOKEN
-        self.image_token_id = tokenizer.token_to_id(IMAGE_TOKEN)
-        self.video_token_id = tokenizer.token_to_id(VIDEO_TOKEN)
+        self.image_token_id = None if tokenizer is None else tokenizer.token_to_id(IMAGE_TOKEN)
+        self.video_token_id = None if tokenizer is None else tokenizer.token_to_id(VIDEO_TOKEN)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            raise ValueError(f"text needs a tokenizer, and this processor has none (a checkpoint's {TOKENIZER_FILE})")
+        return self._tokenizer
 
     # --- files ---------------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "MiniMaxM3VLProcessor":
+    def from_pretrained(cls, path: str | Path, *, require_tokenizer: bool = True) -> "MiniMaxM3VLProcessor":
         """Load from a checkpoint folder. A folder without vision settings gives a text-only processor.
 
         Raises:
-            ValueError: the folder or its tokenizer is missing, or a file is broken; the file is named.
+            ValueError: the folder is missing, or its tokenizer is and is required, or a file is broken; it is named.
         """
         folder = Path(path)
         if not folder.is_dir():
             raise ValueError(f"{folder} is not a folder")
-        tokenizer = Tokenizer.from_pretrained(folder)
-        template = tokenizer.config.get("chat_template")
+        tokenizer, template = None, None
+        if require_tokenizer or (folder / TOKENIZER_FILE).is_file():
+            tokenizer = Tokenizer.from_pretrained(folder)
+            template = tokenizer.config.get("chat_template")
         if (folder / CHAT_TEMPLATE_FILE).is_file():
             template = (folder / CHAT_TEMPLATE_FILE).read_text(encoding="utf-8")
         elif isinstance(template, list):  # several named templates
@@ -116,14 +123,16 @@ class MiniMaxM3VLProcessor:
         """Write every part into the folder `path`, in the files `from_pretrained` (and transformers) read."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save_pretrained(folder)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
         for part in (self.image_processor, self.video_processor):
             if part is not None:
                 part.save_pretrained(folder)
         if self.image_processor is not None:
             text = json.dumps({"processor_class": type(self).__name__}, indent=2) + "\n"
             (folder / "processor_config.json").write_text(text, encoding="utf-8")
-        if self.chat_template is not None and self.tokenizer.config.get("chat_template") != self.chat_template:
+        stored = None if self._tokenizer is None else self._tokenizer.config.get("chat_template")
+        if self.chat_template is not None and stored != self.chat_template:
             (folder / CHAT_TEMPLATE_FILE).write_text(self.chat_template, encoding="utf-8")
 
     # --- prompts -------------------------------------------------------------------------------------------------
