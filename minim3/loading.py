@@ -6,7 +6,7 @@ import torch
 
 from minim3 import checkpoint
 from minim3.config import MiniMaxM3VLTextConfig
-from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration
+from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration, weight_dtype
 from minim3.processing.processor import MiniMaxM3VLProcessor
 
 POCKET = Path(__file__).parent / "pocket" / "weights"
@@ -14,21 +14,21 @@ POCKET = Path(__file__).parent / "pocket" / "weights"
 
 def load(
     path: str | Path | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     *,
     require_tokenizer: bool = False,
 ) -> tuple[MiniMaxM3SparseForConditionalGeneration | MiniMaxM3SparseForCausalLM, MiniMaxM3VLProcessor]:
     """Load a checkpoint (a folder or a hub id; None: pocket, the model that ships with minim3) and its processor.
 
-    dtype: of the weights. None: what the config names on an accelerator; fp32 on a CPU, where bf16 arithmetic is
-    emulated and several times slower. device: None is the CPU. The model is in evaluation mode; its class is
+    dtype: of the weights, or its name. None: what the config names on an accelerator; fp32 on a CPU, where bf16
+    arithmetic is emulated and several times slower. device: None is the CPU. The model is in evaluation mode, of class
     `MiniMaxM3SparseForConditionalGeneration`, or `MiniMaxM3SparseForCausalLM` for a text-only checkpoint.
     Weights without a tokenizer load too, with a processor for media alone, unless `require_tokenizer`.
     Raises ValueError for a folder that is no whole checkpoint, with what is missing.
     """
     folder = checkpoint.resolve_checkpoint(POCKET if path is None else path)
-    device = torch.device(device or "cpu")
+    device, dtype = torch.device(device or "cpu"), weight_dtype(dtype)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
     text_only = isinstance(checkpoint.read_config(folder), MiniMaxM3VLTextConfig)

@@ -57,6 +57,18 @@ def test_from_config_draws_every_weight(dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
 
 
+def test_dtypes_by_name_and_none_that_weights_cannot_have(tmp_path: Path) -> None:
+    """A name, as transformers takes it, ended in a TypeError from deep inside; so did an integer dtype."""
+    text_model(torch_dtype="bfloat16").save_pretrained(tmp_path, format="bf16")
+    load = MiniMaxM3SparseForCausalLM.from_pretrained
+    wanted = [("float16", torch.float16), ("auto", torch.bfloat16), (None, torch.bfloat16), (torch.float32,) * 2]
+    for given, dtype in wanted:
+        assert load(tmp_path, dtype=given).dtype == dtype
+    for wrong in ("int8", "float33", torch.int8):
+        with pytest.raises(ValueError, match="weights are float32"):
+            load(tmp_path, dtype=wrong)
+
+
 def test_initialize_weights_redraws_and_casts() -> None:
     model = text_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

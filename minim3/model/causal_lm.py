@@ -68,15 +68,17 @@ class CausalLM(nn.Module):
         cls,
         path: str | Path,
         *,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         backend: str | None = None,
     ) -> Self:
         """Load a checkpoint folder or hub id, in evaluation mode.
 
-        dtype: of the weights; None keeps the one that the config names (fp32 where it names none). The router and its
-        correction bias stay fp32. MTP modules are built only if the checkpoint holds their tensors.
+        dtype: of the weights, or its name; None or "auto" keeps the one that the config names (fp32 where it names
+        none). The router and its correction bias stay fp32. MTP modules are built only if the checkpoint holds their
+        tensors.
         """
+        dtype = weight_dtype(dtype)
         folder = checkpoint.resolve_checkpoint(path)
         config = cls.config_of(checkpoint.read_config(folder), str(path))
         config = with_mtp_modules(config, checkpoint.num_mtp_modules_in(folder))
@@ -208,6 +210,16 @@ class CausalLM(nn.Module):
             if record.indexer_kl is not None:
                 output.indexer_kl = tuple(record.indexer_kl)
         return output
+
+
+def weight_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype that weights can have, from itself or its name; None for None and "auto"."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if found not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        raise ValueError(f"dtype is {dtype!r}; weights are float32, bfloat16, float16 or float64")
+    return found
 
 
 def refuse_cache(past_key_values: Any, use_cache: bool | None) -> None:
