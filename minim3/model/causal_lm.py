@@ -78,15 +78,15 @@ class CausalLM(nn.Module):
         none). The router and its correction bias stay fp32. MTP modules are built only if the checkpoint holds their
         tensors.
         """
-        dtype = weight_dtype(dtype)
+        weights_as = weight_dtype(dtype)
         folder = checkpoint.resolve_checkpoint(path)
         config = cls.config_of(checkpoint.read_config(folder), str(path))
         config = with_mtp_modules(config, checkpoint.num_mtp_modules_in(folder))
-        if dtype is None:
-            dtype = getattr(torch, config.torch_dtype or "float32")
+        if weights_as is None:
+            weights_as = weight_dtype(config.torch_dtype or "float32")
         with torch.device("meta"):
             model = cls(config, None, backend)
-        checkpoint.load_into(model, folder, dtype=dtype, device=device or "cpu", text_only=cls.is_text_only())
+        checkpoint.load_into(model, folder, dtype=weights_as, device=device or "cpu", text_only=cls.is_text_only())
         model.generation_config = checkpoint.read_generation_config(folder)
         return model.eval()
 
