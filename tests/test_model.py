@@ -341,3 +341,21 @@ def test_fp64_model_and_finite_differences() -> None:
         parameter.data += 1e-6 * direction
         difference = (values[0] - values[1]) / 2e-6
         assert abs(difference - slope) <= 1e-6 + 1e-4 * abs(slope), (name, difference, slope)
+
+
+def test_an_id_outside_the_vocabulary_is_named() -> None:
+    """Torch's own `index out of range in self` names neither the id nor the size."""
+    for model in (text_model(), vl_model()):
+        with pytest.raises(ValueError, match=f"hold {VOCABULARY}, the vocabulary has ids 0 to {VOCABULARY - 1}"):
+            model(input_ids=torch.tensor([[1, VOCABULARY]]))
+        with pytest.raises(ValueError, match="hold -1"):
+            model(input_ids=torch.tensor([[-1]]))
+
+
+def test_from_config_takes_a_dict_and_the_text_part_of_a_whole_config() -> None:
+    """A raw dict or a whole config used to end in an AttributeError deep inside."""
+    config = vl_model().config
+    assert Whole.from_config(config.to_dict()).config.text_config == config.text_config
+    assert Text.from_config(config).config == config.text_config
+    with pytest.raises(ValueError, match="no vision part"):
+        Whole.from_config(config.text_config)

@@ -192,6 +192,7 @@ def _warn_where_transformers_differs(config: MiniMaxM3VLTextConfig) -> None:
         f"scoring_func {config.scoring_func!r}": moe and config.scoring_func != "sigmoid",
         f"n_shared_experts {config.n_shared_experts}": moe and config.n_shared_experts != 1,
         f"swiglu_beta {config.swiglu_beta}": config.swiglu_beta != 1.0,
+        "swiglu_limit 0 (no clamp here, a clamp to 0 there)": config.swiglu_limit == 0,
         "use_qk_norm False": not config.use_qk_norm,
     }
     named = ", ".join(name for name, applies in ignored.items() if applies)

@@ -156,6 +156,14 @@ def generate(
     medias = _distribute(model, prompts, Media(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw))
 
     limit = model.text_config.max_position_embeddings
+    longest = max(len(prompt) for prompt in prompts)
+    if longest <= limit < longest + params.max_new_tokens - 1 and max_new_tokens is not None:
+        room = limit + 1 - longest
+        warnings.warn(
+            f"max_new_tokens is {max_new_tokens}, but after a prompt of {longest} tokens this model has positions for "
+            f"{room} (max_position_embeddings {limit}): the answer ends there",
+            stacklevel=3,
+        )
     stored = [min(len(prompt) + min(params.max_new_tokens, DEFAULT_NEW_TOKENS), limit) for prompt in prompts]
     size = default_page_size(model.text_config) if page_size is None else page_size
     engine = Engine(

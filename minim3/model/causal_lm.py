@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from minim3 import checkpoint
-from minim3.config import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
+from minim3.config import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, config_from_dict
 from minim3.model.attention import MiniMaxM3Attention
 from minim3.model.batch import ForwardBatch, ForwardRecord
-from minim3.model.decoder import MiniMaxM3TextModel, embed_inputs, initialize
+from minim3.model.decoder import MiniMaxM3TextModel, check_vocabulary, embed_inputs, initialize
 from minim3.model.moe import MoEConfig
 from minim3.model.multimodal import VisionLanguage, splice_features
 from minim3.model.outputs import MiniMaxM3CausalLMOutput, load_balancing_loss, next_token_loss, packed_targets
@@ -55,8 +55,13 @@ class CausalLM(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """A model with fresh random weights of `dtype` (the router stays fp32), drawn from torch's global generator."""
-        return cls(config, moe_config, backend).cast(dtype)
+        """A model with fresh random weights of `dtype` (the router stays fp32), drawn from torch's global generator.
+
+        config: a config object, or the dict of a `config.json` in either dialect.
+        """
+        if isinstance(config, Mapping):
+            config = config_from_dict(config)
+        return cls(cls.config_of(config, "the config given"), moe_config, backend).cast(dtype)
 
     @classmethod
     @abstractmethod
@@ -329,7 +334,7 @@ class MiniMaxM3SparseForConditionalGeneration(CausalLM, VisionLanguage):
     @classmethod
     def config_of(cls, config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig, source: str) -> MiniMaxM3VLConfig:
         if isinstance(config, MiniMaxM3VLTextConfig) or config.vision_config is None:
-            raise ValueError(f"{source} is a text-only checkpoint: load it with minim3.load")
+            raise ValueError(f"{source} is text-only: it has no vision part; use MiniMaxM3SparseForCausalLM or minim3.load")
         return config
 
     @classmethod
@@ -384,6 +389,7 @@ class MiniMaxM3SparseForConditionalGeneration(CausalLM, VisionLanguage):
             raise ValueError("pass input_ids [batch, sequence] or inputs_embeds [batch, sequence, hidden]")
         layout = PaddedLayout.from_masks(input_ids.shape[0], input_ids.shape[1], attention_mask, padding_mask)
         ids = layout.pack(input_ids)
+        check_vocabulary(ids, self.get_input_embeddings())
         embeds, images, videos = self._embed(ids, *media)
         output = self._forward_packed(
             embeds, layout, layout.batch(ids.device, position_ids), ids, labels, logits_to_keep,

@@ -156,11 +156,22 @@ def embed_inputs(embed_tokens: nn.Module, input_ids: Tensor | None, inputs_embed
     if input_ids is not None:
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must be [batch, sequence], got the shape {list(input_ids.shape)}")
+        check_vocabulary(input_ids, embed_tokens)
         return embed_tokens(input_ids)
     assert inputs_embeds is not None
     if inputs_embeds.dim() != 3:
         raise ValueError(f"inputs_embeds must be [batch, sequence, hidden], got the shape {list(inputs_embeds.shape)}")
     return inputs_embeds
+
+
+def check_vocabulary(input_ids: Tensor, embed_tokens: nn.Module) -> None:
+    """Raises ValueError for an id outside the vocabulary. On a CPU only: elsewhere the look would cost a wait."""
+    if input_ids.device.type != "cpu" or not input_ids.numel():
+        return
+    size = embed_tokens.get_parameter("weight").shape[0]
+    low, high = (int(end) for end in input_ids.aminmax())
+    if low < 0 or high >= size:
+        raise ValueError(f"input_ids hold {low if low < 0 else high}, the vocabulary has ids 0 to {size - 1}")
 
 
 @torch.no_grad()
