@@ -106,7 +106,7 @@ def test_pitfall_2_only_rotary_dim_channels_rotate(is_packed: bool) -> None:
         assert attention._packed is not None
     x = random_hidden(1).expand(2, 32)  # one token at positions 0 and 5
     freqs = model.model.make_freqs_cis(torch.tensor([0, 5]))
-    q, k, v, index_q, index_k = attention._project_all(x, freqs, train_indexer=False)
+    q, k, v, index_q, index_k = attention._project(x, freqs, ForwardBatch.packed([2]), True, train_indexer=False)
     assert torch.equal(v[0], v[1])
     angles = 5 * 1e4 ** (-torch.arange(4) * 2 / 8)
     for heads in (q, k, index_q, index_k):
@@ -278,9 +278,10 @@ def test_pitfall_20_the_norm_adds_one_exactly_once(tmp_path: Path) -> None:
     # And in the one product of inference, where the four norms of a layer are one table.
     attention = again.model.layers[1].self_attn
     freqs = again.model.make_freqs_cis(torch.arange(9))
-    expected = attention._project_all(random_hidden(9), freqs, train_indexer=False)
+    batch = ForwardBatch.packed([9])
+    expected = attention._project(random_hidden(9), freqs, batch, True, train_indexer=False)
     again.pack_for_inference()
-    for got, wanted in zip(attention._project_all(random_hidden(9), freqs, train_indexer=False), expected):
+    for got, wanted in zip(attention._project(random_hidden(9), freqs, batch, True, train_indexer=False), expected):
         close(got, wanted, 1e-6)
 
 

@@ -3,6 +3,7 @@
 Shapes and meaning: the docstrings in `minim3.kernels.reference`, which is the definition of every op. All take
 `implementation`: "reference" (dense, obvious, slow), "portable" (fast plain PyTorch, any device), or None for the
 choice of `resolve`. T packed queries, S packed keys, N sequences; lengths are int32 tensors or sequences of integers.
+The paged ops take a `PagedPlan` of the step besides, where one is shared by many calls with the same sequences.
 """
 
 from collections.abc import Callable
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from minim3.kernels import portable, reference
+from minim3.kernels.portable.plan import PagedPlan
 from minim3.kernels.sequences import Lengths
 
 __all__ = [
+    "PagedPlan",
     "block_sparse_attention",
     "block_sparse_attention_paged",
     "grouped_experts",
@@ -61,6 +64,11 @@ def _function(implementation: str | None, op: str, tensor: Tensor) -> Callable[.
     return function
 
 
+def _planned(implementation: str | None, plan: PagedPlan | None) -> dict[str, PagedPlan]:
+    """A plan saves work; the reference does without."""
+    return {} if plan is None or implementation == "reference" else {"plan": plan}
+
+
 def _check_heads(q: Tensor, k_heads: int, block_indices: Tensor | None) -> None:
     if q.shape[1] % k_heads:
         raise ValueError(f"{q.shape[1]} query heads cannot share {k_heads} KV heads evenly; pass a multiple")
@@ -86,12 +94,13 @@ def select_blocks(
 def select_blocks_paged(
     index_q: Tensor, index_k_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
     block_size: int, topk_blocks: int, init_blocks: int = 0, local_blocks: int = 1, score_type: str = "max",
-    scale: float | None = None, implementation: str | None = None,
+    scale: float | None = None, implementation: str | None = None, plan: PagedPlan | None = None,
 ) -> Tensor:  # fmt: skip
     """`select_blocks` over index key pages `[P, page, Di]`; `page_table[n]` lists those of sequence n."""
     return _function(implementation, "select_blocks_paged", index_q)(
         index_q, index_k_pages, page_table, lengths_k, cu_seqlens_q, block_size=block_size, topk_blocks=topk_blocks,
         init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
+        **_planned(implementation, plan),
     )  # fmt: skip
 
 
@@ -120,22 +129,24 @@ def varlen_attention(
 def block_sparse_attention_paged(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, block_indices: Tensor,
     cu_seqlens_q: Lengths, *, block_size: int, scale: float | None = None, implementation: str | None = None,
+    plan: PagedPlan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`block_sparse_attention` over pages `[P, Hkv, page, D]`; `lengths_k` counts the new tokens too (no gradient)."""
     _check_heads(q, k_pages.shape[1], block_indices)
     return _function(implementation, "block_sparse_attention_paged", q)(
-        q, k_pages, v_pages, page_table, lengths_k, block_indices, cu_seqlens_q, block_size=block_size, scale=scale
-    )
+        q, k_pages, v_pages, page_table, lengths_k, block_indices, cu_seqlens_q, block_size=block_size, scale=scale,
+        **_planned(implementation, plan),
+    )  # fmt: skip
 
 
 def paged_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
-    scale: float | None = None, implementation: str | None = None,
+    scale: float | None = None, implementation: str | None = None, plan: PagedPlan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Dense causal attention over pages `[P, Hkv, page, D]`; `lengths_k` counts the new tokens too (no gradient)."""
     _check_heads(q, k_pages.shape[1], None)
     return _function(implementation, "paged_attention", q)(
-        q, k_pages, v_pages, page_table, lengths_k, cu_seqlens_q, scale=scale
+        q, k_pages, v_pages, page_table, lengths_k, cu_seqlens_q, scale=scale, **_planned(implementation, plan)
     )
 
 

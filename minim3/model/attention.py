@@ -14,7 +14,14 @@ from minim3 import kernels
 from minim3.config import MiniMaxM3VLTextConfig
 from minim3.kernels.reference import build_block_sparse_attn_bias
 from minim3.model.batch import ForwardBatch, ForwardRecord, LayerPages
-from minim3.model.layers import MiniMaxM3RMSNorm, apply_rotary, at_least_fp32, rms_normalize
+from minim3.model.layers import (
+    MiniMaxM3RMSNorm,
+    PackedLinears,
+    PackedScale,
+    RotaryFactors,
+    apply_rotary,
+    at_least_fp32,
+)
 from minim3.model.padding import run_packed
 
 
@@ -123,36 +130,37 @@ class MiniMaxM3Attention(nn.Module):
         wants_blocks = indexer is not None and record is not None and record.block_indices is not None
         # Up to top-k blocks of context the choice is "all of them": the answer is dense attention's, at dense cost.
         chooses = indexer is not None and batch.max_length_k > indexer.topk_blocks * indexer.block_size
-        index_q: Tensor | None = None
-        index_k: Tensor | None = None
-        if indexer is not None and (chooses or wants_kl or wants_blocks or pages is not None):
-            q, k, v, index_q, index_k = self._project_all(x, freqs_cis, train_indexer=wants_kl)
-        else:
-            q, k, v = self._project_main(x, freqs_cis)
+        wants_index = chooses or wants_kl or wants_blocks or (indexer is not None and pages is not None)
+        q, k, v, index_q, index_k = self._project(x, freqs_cis, batch, wants_index, train_indexer=wants_kl)
 
         block_indices: Tensor | None = None
         if pages is not None:
             assert batch.pages is not None
-            _store(pages, batch.pages.slots, batch.pages.page_size, k, v, index_k)
+            batch.pages.store(pages.k, k)
+            batch.pages.store(pages.v, v)
+            if pages.index_k is not None:
+                assert index_k is not None
+                batch.pages.store(pages.index_k, index_k)
             table, lengths_k = batch.pages.page_table, batch.lengths_k
             if chooses or wants_blocks:
                 assert indexer is not None
                 assert index_q is not None
                 assert pages.index_k is not None
                 block_indices = kernels.select_blocks_paged(
-                    index_q, pages.index_k, table, lengths_k, batch.cu_seqlens_q, **indexer.selection
+                    index_q, pages.index_k, table, lengths_k, batch.cu_seqlens_q, plan=batch.plan, **indexer.selection
                 )
             if chooses:
                 assert indexer is not None
                 assert block_indices is not None
                 out, _ = kernels.block_sparse_attention_paged(
                     q, pages.k, pages.v, table, lengths_k, block_indices, batch.cu_seqlens_q,
-                    block_size=indexer.block_size, implementation=self.backend,
+                    block_size=indexer.block_size, implementation=self.backend, plan=batch.plan,
                 )  # fmt: skip
             else:
                 out, _ = kernels.paged_attention(
-                    q, pages.k, pages.v, table, lengths_k, batch.cu_seqlens_q, implementation=self.backend
-                )
+                    q, pages.k, pages.v, table, lengths_k, batch.cu_seqlens_q,
+                    implementation=self.backend, plan=batch.plan,
+                )  # fmt: skip
         else:
             spans = (batch.cu_seqlens_q, batch.cu_seqlens_k)
             if chooses or wants_blocks:
@@ -196,18 +204,19 @@ class MiniMaxM3Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         return apply_rotary(q, freqs_cis), apply_rotary(k, freqs_cis), v
 
-    def _project_all(
-        self, x: Tensor, freqs_cis: Tensor, train_indexer: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def _project(
+        self, x: Tensor, freqs_cis: Tensor, batch: ForwardBatch, wants_index: bool, train_indexer: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """q, k, v, index q and index k (with its head dimension of 1) of every token."""
-        assert self.indexer is not None
         if self._packed is not None and not torch.is_grad_enabled() and self._packed.is_current(self):
-            return self._packed(x, freqs_cis)
+            return self._packed(x, batch.rotary_factors(freqs_cis, self.head_dim))
         q, k, v = self._project_main(x, freqs_cis)
+        if not wants_index:
+            return q, k, v, None, None
+        assert self.indexer is not None
         # The choice of blocks has no gradient, and the alignment loss moves the indexer alone: its input is cut off.
         with torch.set_grad_enabled(train_indexer and torch.is_grad_enabled()):
-            index_q, index_k = self.indexer.project(x.detach(), freqs_cis)
-        return q, k, v, index_q, index_k
+            return q, k, v, *self.indexer.project(x.detach(), freqs_cis)
 
     def pack_for_inference(self) -> None:
         """Make q, k, index q, index k and v views of one weight, so that inference takes one product and one norm.
@@ -217,78 +226,47 @@ class MiniMaxM3Attention(nn.Module):
         head dimensions differ.
         """
         indexer = self.indexer
-        if indexer is None or indexer.index_head_dim != self.head_dim or not self.use_qk_norm:
+        if not self.use_qk_norm or (indexer is not None and indexer.index_head_dim != self.head_dim):
             return
-        if self._packed is None or not self._packed.shares_weights_with(self):
-            self._packed = PackedProjection(self)
-        self._packed.read_norms(self)
-
-
-def _packed_projections(attention: MiniMaxM3Attention) -> list[nn.Linear]:
-    indexer = attention.indexer
-    assert indexer is not None
-    return [attention.q_proj, attention.k_proj, indexer.index_q_proj, indexer.index_k_proj, attention.v_proj]
-
-
-def _packed_norms(attention: MiniMaxM3Attention) -> list[MiniMaxM3RMSNorm]:
-    indexer = attention.indexer
-    assert indexer is not None
-    return [attention.q_norm, attention.k_norm, indexer.index_q_norm, indexer.index_k_norm]
-
-
-def _state(weight: Tensor) -> tuple[int, int]:
-    """Changes when the storage does or the values are changed in place (which inference tensors do not count)."""
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        self._packed = PackedProjection(self, self._packed)
 
 
 class PackedProjection:
-    """One product for the five projections of a sparse layer, with all normed heads side by side."""
+    """One product for all projections of a layer, with the normed heads side by side. `known` is an earlier packing."""
 
-    def __init__(self, attention: MiniMaxM3Attention) -> None:
+    def __init__(self, attention: MiniMaxM3Attention, known: "PackedProjection | None" = None) -> None:
         indexer = attention.indexer
-        assert indexer is not None
         self.head_dim = attention.head_dim
-        self.eps = attention.q_norm.eps
-        self.heads = [attention.num_heads, attention.num_kv_heads, indexer.num_index_heads, 1]
-        projections = _packed_projections(attention)
-        with torch.no_grad():
-            self.weight = torch.cat([projection.weight for projection in projections])
-            rows = self.weight.split([projection.weight.shape[0] for projection in projections])
-            for projection, view in zip(projections, rows, strict=True):
-                projection.weight.data = view
-        self.places = [projection.weight.data_ptr() for projection in projections]
-        self.read_norms(attention)
+        self.heads = [attention.num_heads, attention.num_kv_heads]
+        if indexer is not None:
+            self.heads += [indexer.num_index_heads, 1]
+        self.num_normed = sum(self.heads)
+        projections = self._projections(attention)
+        reuse = known is not None and known.linears.holds(projections)
+        self.linears: PackedLinears = known.linears if known is not None and reuse else PackedLinears(projections)
+        self.scale = PackedScale(self._norms(attention), self.heads)
 
-    @torch.no_grad()
-    def read_norms(self, attention: MiniMaxM3Attention) -> None:
-        """Copy the scales of the four norms into one `[normed heads, head_dim]` table."""
-        norms = _packed_norms(attention)
-        self.scale = torch.cat([norm.scale().expand(heads, -1) for norm, heads in zip(norms, self.heads, strict=True)])
-        self.norm_states = [_state(norm.weight) for norm in norms]
+    @staticmethod
+    def _projections(attention: MiniMaxM3Attention) -> list[nn.Linear]:
+        indexer = attention.indexer
+        index = [] if indexer is None else [indexer.index_q_proj, indexer.index_k_proj]
+        return [attention.q_proj, attention.k_proj, *index, attention.v_proj]
 
-    def shares_weights_with(self, attention: MiniMaxM3Attention) -> bool:
-        """False once the model was moved or cast, or a parameter replaced, which gives it storage of its own."""
-        return self.places == [projection.weight.data_ptr() for projection in _packed_projections(attention)]
+    @staticmethod
+    def _norms(attention: MiniMaxM3Attention) -> list[MiniMaxM3RMSNorm]:
+        indexer = attention.indexer
+        index = [] if indexer is None else [indexer.index_q_norm, indexer.index_k_norm]
+        return [attention.q_norm, attention.k_norm, *index]
 
     def is_current(self, attention: MiniMaxM3Attention) -> bool:
         """Whether the packed weights are those of `attention`, and its norms the ones that were copied."""
-        return self.shares_weights_with(attention) and self.norm_states == [
-            _state(norm.weight) for norm in _packed_norms(attention)
-        ]
+        return self.linears.holds(self._projections(attention)) and self.scale.holds(self._norms(attention))
 
-    def __call__(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        heads = torch.nn.functional.linear(x, self.weight).unflatten(-1, (-1, self.head_dim))
-        num_normed = sum(self.heads)
-        normed = (rms_normalize(at_least_fp32(heads[..., :num_normed, :]), self.eps) * self.scale).to(x.dtype)
-        q, k, index_q, index_k = apply_rotary(normed, freqs_cis).split(self.heads, dim=-2)
-        return q, k, heads[..., num_normed:, :], index_q, index_k
-
-
-def _store(pages: LayerPages, slots: Tensor, page_size: int, k: Tensor, v: Tensor, index_k: Tensor | None) -> None:
-    """Put K, V and index keys of the new tokens into their pages."""
-    page, offset = slots // page_size, slots % page_size
-    pages.k[page, :, offset] = k.to(pages.k.dtype)
-    pages.v[page, :, offset] = v.to(pages.v.dtype)
-    if pages.index_k is not None:
-        assert index_k is not None
-        pages.index_k[page, offset] = index_k.squeeze(-2).to(pages.index_k.dtype)
+    def __call__(
+        self, x: Tensor, rotary: RotaryFactors
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        heads = self.linears(x).unflatten(-1, (-1, self.head_dim))
+        normed = self.scale(at_least_fp32(heads[..., : self.num_normed, :]))
+        q, k, *index = rotary.rotate(normed).to(x.dtype).split(self.heads, dim=-2)
+        index_q, index_k = index or (None, None)
+        return q, k, heads[..., self.num_normed :, :], index_q, index_k

@@ -5,11 +5,14 @@ Nothing in the model is padded: calls on padded `[B, S]` tensors are packed at t
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from minim3.kernels import PagedPlan
+from minim3.model.layers import RotaryFactors
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,18 @@ class PagedContext:
     page_table: Tensor
     slots: Tensor
     page_size: int
+    _rows: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def store(self, pages: Tensor, new: Tensor) -> None:
+        """Put `new` `[T, heads, D]` into `pages` `[P, heads, page, D]` (or `[P, page, D]` for one head)."""
+        heads = new.shape[1]
+        if heads not in self._rows:  # the same in all layers
+            page = self.slots // self.page_size
+            first = page * (heads * self.page_size) + self.slots % self.page_size
+            head_starts = torch.arange(heads, device=first.device) * self.page_size
+            self._rows[heads] = (first[:, None] + head_starts).flatten()
+        dim = new.shape[2]
+        pages.view(-1, dim).index_copy_(0, self._rows[heads], new.reshape(-1, dim).to(pages.dtype))
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,9 @@ class ForwardBatch:
     lengths_q: tuple[int, ...]
     lengths_k: tuple[int, ...]
     pages: PagedContext | None = None
+    _rotary: dict[int, tuple[Tensor, RotaryFactors]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         assert len(self.lengths_q) == len(self.lengths_k)
@@ -91,6 +109,19 @@ class ForwardBatch:
     def cu_seqlens_k(self) -> Tensor:
         """int32 `[N + 1]`: the same over all tokens, past included."""
         return self.cu_seqlens_q if self.lengths_k == self.lengths_q else self._cumulative(self.lengths_k)
+
+    @cached_property
+    def plan(self) -> PagedPlan:
+        """What the paged kernels of all layers share."""
+        assert self.pages is not None
+        return PagedPlan(self.pages.page_table, self.lengths_k, self.cu_seqlens_q, self.pages.page_size)
+
+    def rotary_factors(self, freqs_cis: Tensor, head_dim: int) -> RotaryFactors:
+        """Made once for all the layers that are given the same table."""
+        known = self._rotary.get(head_dim)
+        if known is None or known[0] is not freqs_cis:
+            known = self._rotary[head_dim] = freqs_cis, RotaryFactors.of(freqs_cis, head_dim)
+        return known[1]
 
     def _cumulative(self, lengths: tuple[int, ...]) -> Tensor:
         total, sums = 0, [0]

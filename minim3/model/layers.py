@@ -1,19 +1,93 @@
-"""The small parts every layer is made of: norm, rotary position, the gated MLP."""
+"""The small parts every layer is made of: norm, rotary position, the gated MLP, and how weights pack for inference.
 
-from typing import Any
+A packed module keeps its parameters, their names and values; what it adds are copies and joint storage, which are used
+only without gradients and only while they are those of the parameters (`weight_state`).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minim3.config import MiniMaxM3VLTextConfig
+from minim3.kernels.portable.experts import swiglu_oai_
 from minim3.kernels.reference import swiglu_oai
 
-__all__ = ["MiniMaxM3MLP", "MiniMaxM3RMSNorm", "apply_rotary", "at_least_fp32", "rotary_table", "swiglu_oai"]
+__all__ = [
+    "MiniMaxM3MLP", "MiniMaxM3RMSNorm", "PackedLinears", "PackedScale", "RotaryFactors", "apply_rotary",
+    "at_least_fp32", "rotary_table", "swiglu_oai",
+]  # fmt: skip
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
     """fp32, but fp64 stays fp64 (finite differences need it)."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def weight_state(weight: Tensor) -> tuple[int, int]:
+    """Changes when the storage does or the values are changed in place (which inference tensors do not count)."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+
+class PackedLinears:
+    """One product for several projections of the same input, whose weights become views of one, row after row."""
+
+    def __init__(self, projections: Sequence[nn.Linear]) -> None:
+        with torch.no_grad():
+            self.weight = torch.cat([projection.weight for projection in projections])
+            views = self.weight.split([projection.weight.shape[0] for projection in projections])
+            for projection, view in zip(projections, views, strict=True):
+                projection.weight.data = view
+        self._places = [view.data_ptr() for view in views]
+
+    def holds(self, projections: Sequence[nn.Module]) -> bool:
+        """False once the model was moved or cast, or a parameter or a whole projection replaced."""
+        for projection, place in zip(projections, self._places, strict=True):
+            # The plain dictionary: this runs in every layer and step, and attributes of modules take a microsecond.
+            weight = projection._parameters.get("weight")
+            if weight is None or weight.data_ptr() != place:
+                return False
+        return True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[..., in]` -> `[..., all rows]`, the outputs of the projections side by side."""
+        return F.linear(x, self.weight)
+
+
+class PackedScale:
+    """The scales of norms of one width, row after row, in the form that takes the fewest operations.
+
+    Args:
+        norms: they share their eps.
+        rows: how many rows each scales, one after another; None: one norm, for any number of rows.
+    """
+
+    def __init__(self, norms: Sequence["MiniMaxM3RMSNorm"], rows: Sequence[int] | None = None) -> None:
+        with torch.no_grad():
+            scales = [norm.scale() for norm in norms]
+            if rows is not None:
+                scales = [torch.cat([scale.expand(n, -1) for scale, n in zip(scales, rows, strict=True)])]
+            (scale,) = scales
+            dim = scale.shape[-1]
+            self.scale = scale * dim**0.5
+            # A tensor, since an operator makes one of a plain number each time it runs.
+            self.sum_eps = torch.tensor(dim * norms[0].eps, dtype=scale.dtype, device=scale.device)
+            self._sources = [norm.weight.detach() for norm in norms]  # kept, so that no other weight gets their place
+        self._states = [weight_state(weight) for weight in self._sources]
+
+    def holds(self, norms: Sequence[nn.Module]) -> bool:
+        """False once a weight was changed, moved or replaced."""
+        for norm, state in zip(norms, self._states, strict=True):
+            weight = norm._parameters.get("weight")
+            if weight is None or weight_state(weight) != state:
+                return False
+        return True
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x / rms(x) * scale` over the last dimension, `x` at least fp32: `x rsqrt(sum x^2 + dim eps) sqrt(dim) s`."""
+        return (x * (x * x).sum(-1, keepdim=True).add_(self.sum_eps).rsqrt_()).mul_(self.scale)
 
 
 def rms_normalize(x: Tensor, eps: float) -> Tensor:
@@ -32,6 +106,7 @@ class MiniMaxM3RMSNorm(nn.Module):
         self.eps = eps
         self.gemma = gemma
         self.weight = nn.Parameter(torch.empty(dim))
+        self._packed: PackedScale | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -46,8 +121,16 @@ class MiniMaxM3RMSNorm(nn.Module):
         """`[..., dim]` -> the same shape and dtype; with a residual, the pair `(norm(x + residual), x + residual)`."""
         if residual is not None:
             x = x + residual
-        normed = (rms_normalize(at_least_fp32(x), self.eps) * self.scale()).to(x.dtype)
+        packed = self._packed
+        if packed is not None and not torch.is_grad_enabled() and packed.holds([self]):
+            normed = packed(at_least_fp32(x)).to(x.dtype)
+        else:
+            normed = (rms_normalize(at_least_fp32(x), self.eps) * self.scale()).to(x.dtype)
         return normed if residual is None else (normed, x)
+
+    def pack_for_inference(self) -> None:
+        """Keep the scale in the form that takes the fewest operations; it is used until the weight changes."""
+        self._packed = PackedScale([self])
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}, gemma={self.gemma}"
@@ -77,6 +160,31 @@ def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
 
 
+class RotaryFactors(NamedTuple):
+    """A rotary table in the form that takes the fewest operations: made once a step, for all layers.
+
+    cos `[..., 1, head_dim]` holds 1 for the channels that pass; sin `[..., 1, rotary_dim / 2]`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, freqs_cis: Tensor, head_dim: int) -> "RotaryFactors":
+        """From the `freqs_cis` `[..., rotary_dim]` of `rotary_table`."""
+        cos, sin = freqs_cis.unsqueeze(-2).chunk(2, dim=-1)
+        passing = cos.new_ones(*cos.shape[:-1], head_dim - freqs_cis.shape[-1])
+        return cls(torch.cat([cos, cos, passing], dim=-1), sin)
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """`apply_rotary` for `x` `[..., heads, head_dim]` of at least fp32, where no gradient is wanted."""
+        half = self.sin.shape[-1]
+        out = x * self.cos
+        out[..., :half].addcmul_(x[..., half : 2 * half], self.sin, value=-1)
+        out[..., half : 2 * half].addcmul_(x[..., :half], self.sin)
+        return out
+
+
 class MiniMaxM3MLP(nn.Module):
     """A gated MLP with SwiGLU-OAI: the MLP of a dense layer, and the shared expert of a MoE layer."""
 
@@ -86,7 +194,17 @@ class MiniMaxM3MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self._packed: PackedLinears | None = None
+
+    def pack_for_inference(self) -> None:
+        """Make gate and up views of one weight, so that inference takes one product for both."""
+        if self._packed is None or not self._packed.holds([self.gate_proj, self.up_proj]):
+            self._packed = PackedLinears([self.gate_proj, self.up_proj])
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., hidden]` -> `[..., hidden]`."""
+        packed = self._packed
+        if packed is not None and not torch.is_grad_enabled() and packed.holds([self.gate_proj, self.up_proj]):
+            gate_up = at_least_fp32(packed(x))
+            return self.down_proj(swiglu_oai_(gate_up, self.alpha, self.limit, self.beta).to(x.dtype))
         return self.down_proj(swiglu_oai(self.gate_proj(x), self.up_proj(x), self.alpha, self.limit, self.beta))

@@ -32,7 +32,7 @@ def grouped_experts(
     hidden = wide.index_select(0, token)
     y = torch.empty_like(hidden)
     for expert, rows in slices:
-        act = _swiglu_(torch.mm(hidden[rows], w13[expert].to(dtype).t()), *activation)
+        act = swiglu_oai_(torch.mm(hidden[rows], w13[expert].to(dtype).t()), *activation)
         torch.mm(act, w2[expert].to(dtype).t(), out=y[rows])
     return _combine(y, inverse, weights).to(x.dtype)
 
@@ -57,8 +57,8 @@ def _combine(y: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
     return torch.bmm(weights.unsqueeze(1), y).squeeze(1)
 
 
-def _swiglu_(gate_up: Tensor, alpha: float, limit: float, beta: float) -> Tensor:
-    """swiglu_oai of `[R, 2F]` (gate, then up), overwriting it; silu(alpha g) / alpha is g sigmoid(alpha g)."""
+def swiglu_oai_(gate_up: Tensor, alpha: float, limit: float, beta: float) -> Tensor:
+    """`swiglu_oai` of `[R, 2F]` (gate, then up) -> `[R, F]`, in the dtype given; `gate_up` is overwritten."""
     gate, up = gate_up.chunk(2, dim=-1)
     if limit:
         gate.clamp_(max=limit)
@@ -76,7 +76,7 @@ def _decode(
     for token, experts in zip(x.unbind(), ids):
         for expert in experts:
             torch.mv(w13[expert], token, out=next(rows))
-    act = _swiglu_(gate_up, *activation).mul_(weights.reshape(-1, 1))
+    act = swiglu_oai_(gate_up, *activation).mul_(weights.reshape(-1, 1))
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     parts = iter(act.unbind())
     for result, experts in zip(out.unbind(), ids):
@@ -98,7 +98,7 @@ class _GroupedExperts(torch.autograd.Function):
         y = torch.empty_like(hidden)
         for expert, rows in slices:
             torch.mm(hidden[rows], w13[expert].to(x.dtype).t(), out=gate_up[rows])
-        act = _swiglu_(gate_up.clone(), *activation)
+        act = swiglu_oai_(gate_up.clone(), *activation)
         for expert, rows in slices:
             torch.mm(act[rows], w2[expert].to(x.dtype).t(), out=y[rows])
         ctx.save_for_backward(x, w13, w2, weights, token, inverse, gate_up)

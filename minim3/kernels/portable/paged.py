@@ -1,23 +1,19 @@
 """Attention and selection over paged keys: decoding, verification of several tokens, and prefill in chunks.
 
-A cache row is the largest run of tokens that lies in one page and in one block: all of it where page and block are
-equal, gcd(page, block) tokens otherwise. Keys of one KV head are gathered by whole rows (`index_select`); what lies
-past the end of a sequence is sliced off or masked before any product, so its content never matters.
-
-Sequences with few new tokens take the row paths; the others are gathered and handed to the packed forms.
+Keys of one KV head are gathered by whole cache rows (`plan`), or read where they lie; what lies past the end of a
+sequence is sliced off or masked before any product, so its content never matters. Sequences with few new tokens take
+the row paths; the others are gathered and handed to the packed forms.
 Shapes as in the reference: pages `[P, Hkv, page, D]`, index key pages `[P, page, Di]`, `page_table` `[N, max_pages]`.
 """
 
-import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minim3.kernels.portable import attention, select
-from minim3.kernels.portable.flash import attend
-from minim3.kernels.sequences import Lengths, as_ints, at_least_fp32, check_selection
+from minim3.kernels.portable import attention, decode, select
+from minim3.kernels.portable.plan import CacheRows, PagedPlan, Request
+from minim3.kernels.sequences import Lengths, at_least_fp32, check_selection
 
 _FEW_TOKENS = 8
 """Sequences with at most this many new tokens take the row paths."""
@@ -26,114 +22,36 @@ _BATCH_ELEMENTS = 1 << 20
 """Up to this many gathered key elements sequences are padded and batched; beyond, one at a time stays in cache."""
 
 
-class Request(NamedTuple):
-    """One sequence: rows `q_start`... of the packed queries, its `length` in tokens with the new ones."""
-
-    sequence: int
-    q_start: int
-    num_queries: int
-    length: int
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.q_start, self.q_start + self.num_queries)
-
-    def position(self, query: int) -> int:
-        return self.length - self.num_queries + query
-
-
-def _requests(cu_seqlens_q: Lengths, lengths_k: Lengths, page_table: Tensor, page_size: int) -> list[Request]:
-    cu, lengths = as_ints(cu_seqlens_q), as_ints(lengths_k)
-    if len(cu) != len(lengths) + 1 or page_table.shape[0] != len(lengths):
-        raise ValueError(
-            f"cu_seqlens_q has {len(cu)} entries, lengths_k {len(lengths)} and page_table {page_table.shape[0]} rows; "
-            "N sequences need N + 1, N and N"
-        )
-    requests = []
-    for n, length in enumerate(lengths):
-        count = cu[n + 1] - cu[n]
-        if count > length or length > page_table.shape[1] * page_size:
-            raise ValueError(
-                f"sequence {n} has {count} queries, {length} tokens and room for {page_table.shape[1] * page_size} in "
-                "its pages; the new tokens count in its length and every token needs a page"
-            )
-        if count:
-            requests.append(Request(n, cu[n], count, length))
-    return requests
-
-
-class CacheRows(NamedTuple):
-    """How logical blocks map to cache rows of `tokens` tokens: `per_block` rows a block, `per_page` a page and head."""
-
-    tokens: int
-    per_block: int
-    per_page: int
-    heads: int
-
-    @classmethod
-    def of(cls, pages: Tensor, block_size: int) -> "CacheRows":
-        page_size = pages.shape[-2]
-        tokens = math.gcd(page_size, block_size)
-        heads = pages.shape[1] if pages.dim() == 4 else 1
-        return cls(tokens, block_size // tokens, page_size // tokens, heads)
-
-    def view(self, pages: Tensor) -> Tensor:
-        """Pages as `[rows, tokens * D]`."""
-        if not pages.is_contiguous():
-            raise ValueError(f"cache pages of shape {tuple(pages.shape)} are not contiguous; allocate them whole")
-        return pages.view(-1, self.tokens * pages.shape[-1])
-
-    def physical(self, table: Tensor, rows: Tensor) -> Tensor:
-        """Physical row of head 0 for logical `rows` of the sequences; int64, `rows` may be any shape.
-
-        `table` `[max_pages]` of one sequence, or `[N, max_pages]` with `rows` `[N, ...]`. Rows past the end of a
-        sequence read some other row (a table is filled up with -1 or any page): their content must be masked.
-        """
-        page = rows if self.per_page == 1 else rows // self.per_page
-        page = page.clamp(0, table.shape[-1] - 1)
-        if table.dim() == 1:
-            page = table.index_select(0, page.reshape(-1)).view(page.shape)
-        else:
-            page = table.gather(1, page.flatten(1)).clamp_(min=0).view(page.shape)
-        first = page.long() * (self.heads * self.per_page)
-        return first if self.per_page == 1 else first + rows % self.per_page
-
-    def of_blocks(self, blocks: Tensor) -> Tensor:
-        """Logical rows of `blocks` `[..., K]`, in order: `[..., K * per_block]`."""
-        if self.per_block == 1:
-            return blocks
-        within = torch.arange(self.per_block, device=blocks.device)
-        return (blocks.unsqueeze(-1) * self.per_block + within).flatten(-2)
-
-    def head_starts(self, device: torch.device) -> Tensor:
-        return torch.arange(self.heads, device=device) * self.per_page
-
-
 # Selection
 
 
 def select_blocks_paged(
     index_q: Tensor, index_k_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
     block_size: int, topk_blocks: int, init_blocks: int = 0, local_blocks: int = 1, score_type: str = "max",
-    scale: float | None = None,
+    scale: float | None = None, plan: PagedPlan | None = None,
 ) -> Tensor:  # fmt: skip
     """See the reference."""
     check_selection(block_size, topk_blocks, init_blocks, local_blocks, score_type)
-    requests = _requests(cu_seqlens_q, lengths_k, page_table, index_k_pages.shape[-2])
+    plan = _plan(plan, page_table, lengths_k, cu_seqlens_q, index_k_pages.shape[-2])
+    requests = plan.requests
     scale = index_q.shape[-1] ** -0.5 if scale is None else scale
     dtype = at_least_fp32(index_q.dtype)
     heads = index_q.shape[1]
     cache = CacheRows.of(index_k_pages, block_size)
+    if len(requests) == 1 == requests[0].num_queries and local_blocks and requests[0].length > topk_blocks * block_size:
+        return decode.select_row(
+            index_q, index_k_pages, plan, requests[0], block_size=block_size, topk_blocks=topk_blocks,
+            init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
+        )  # fmt: skip
     index_k = cache.view(index_k_pages)
-    positions = torch.tensor([r.position(i) for r in requests for i in range(r.num_queries)], device=index_q.device)
-    current = positions // block_size
+    current = plan.once(("current", block_size), lambda: _positions(requests, index_q.device) // block_size)
     out = select.all_blocks(current, heads, topk_blocks)
     batches: dict[int, list[Request]] = {}
     for r in requests:
         if (r.length - 1) // block_size < topk_blocks:
             continue
         if r.num_queries > _FEW_TOKENS or not local_blocks:
-            found = _tokens(cache, page_table[r.sequence], r.length)
+            found = plan.rows(r, cache)[0]
             keys = index_k.index_select(0, found).view(-1, index_k_pages.shape[-1])[: r.length]
             out[r.rows] = select.select_blocks(
                 index_q[r.rows], keys, [0, r.num_queries], [0, r.length], block_size=block_size,
@@ -154,8 +72,7 @@ def select_blocks_paged(
             queries = index_q.index_select(0, rows).view(len(group), num_queries, heads, -1)
             now = current.index_select(0, rows)
         if len(group) == 1:
-            table = page_table[group[0].sequence]
-            keys = _index_keys(index_k, index_k_pages, cache, table, logical, blocks * block_size).to(dtype)
+            keys = decode.index_keys(index_k_pages, plan, group[0], blocks * block_size, block_size).to(dtype)
             # A row of scores a query and head: [1, heads, keys]
             scores = (queries.to(dtype).flatten(0, 2) @ keys.t()).view(1, num_queries * heads, blocks, block_size)
         else:
@@ -173,15 +90,18 @@ def select_blocks_paged(
     return out
 
 
-def _index_keys(
-    index_k: Tensor, pages: Tensor, cache: CacheRows, table: Tensor, logical: Tensor, num_keys: int
-) -> Tensor:
-    """The first `num_keys` index keys of one sequence, `[num_keys, Di]`: a view where its pages follow each other."""
-    page_size, dim = pages.shape[-2:]
-    listed: list[int] = table[: -(-num_keys // page_size)].tolist()
-    if listed == list(range(listed[0], listed[0] + len(listed))):
-        return pages.view(-1, dim)[listed[0] * page_size : listed[0] * page_size + num_keys]
-    return index_k.index_select(0, cache.physical(table, logical)).view(num_keys, dim)
+def _positions(requests: Sequence[Request], device: torch.device) -> Tensor:
+    return torch.tensor([r.position(i) for r in requests for i in range(r.num_queries)], device=device)
+
+
+def _plan(
+    plan: PagedPlan | None, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, page_size: int
+) -> PagedPlan:
+    if plan is None:
+        return PagedPlan(page_table, lengths_k, cu_seqlens_q, page_size)
+    assert plan.page_table is page_table
+    assert plan.page_size == page_size
+    return plan
 
 
 # Attention
@@ -189,15 +109,16 @@ def _index_keys(
 
 def paged_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
-    scale: float | None = None,
+    scale: float | None = None, plan: PagedPlan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See the reference."""
-    requests = _requests(cu_seqlens_q, lengths_k, page_table, k_pages.shape[-2])
+    plan = _plan(plan, page_table, lengths_k, cu_seqlens_q, k_pages.shape[-2])
+    requests = plan.requests
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = at_least_fp32(q.dtype)
+    wide = q.detach().to(dtype)
     cache = CacheRows.of(k_pages, k_pages.shape[-2])
     k, v = cache.view(k_pages), cache.view(v_pages)
-    wide = q.to(dtype)
     kv_heads, dim = k_pages.shape[1], q.shape[-1]
     longest = max((r.length for r in requests), default=0)
     counts = {r.num_queries for r in requests}
@@ -209,10 +130,13 @@ def paged_attention(
         return out.to(q.dtype), lse
     out, lse = torch.empty_like(wide, memory_format=torch.contiguous_format), wide.new_empty(q.shape[:2])
     for r in requests:
-        keys, values = _gather((k, v), cache, _tokens(cache, page_table[r.sequence], r.length), r.length, dtype)
-        if r.num_queries == 1:
-            part = _attend_row(wide[r.rows], keys, values, scale)
+        first_page = plan.first_page(r)
+        if r.num_queries == 1 and first_page is not None:
+            part = decode.attend_pages(wide[r.rows], k_pages, v_pages, first_page, r.length, scale)
+        elif r.num_queries == 1:
+            part = decode.attend_rows(wide[r.rows], k, v, plan.rows(r, cache), r.length, scale, plan)
         else:
+            keys, values = _gather((k, v), cache, plan.rows(r, cache), r.length, dtype)
             part = attention.varlen_attention(
                 wide[r.rows], keys.transpose(0, 1), values.transpose(0, 1), [0, r.num_queries], [0, r.length],
                 scale=scale,
@@ -225,15 +149,16 @@ def paged_attention(
 
 def block_sparse_attention_paged(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, block_indices: Tensor,
-    cu_seqlens_q: Lengths, *, block_size: int, scale: float | None = None,
+    cu_seqlens_q: Lengths, *, block_size: int, scale: float | None = None, plan: PagedPlan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See the reference."""
-    requests = _requests(cu_seqlens_q, lengths_k, page_table, k_pages.shape[-2])
+    plan = _plan(plan, page_table, lengths_k, cu_seqlens_q, k_pages.shape[-2])
+    requests = plan.requests
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = at_least_fp32(q.dtype)
     cache = CacheRows.of(k_pages, block_size)
     k, v = cache.view(k_pages), cache.view(v_pages)
-    wide = q.to(dtype)
+    wide = q.detach().to(dtype)
     dim = q.shape[-1]
     few = [r for r in requests if r.num_queries <= _FEW_TOKENS]
     rows = [(r.sequence, i + r.q_start, r.position(i)) for r in few for i in range(r.num_queries)]
@@ -243,6 +168,7 @@ def block_sparse_attention_paged(
         out, lse = _sparse_batch(wide, k, v, cache, page_table, rows, block_indices, block_size, scale)
         return out.to(q.dtype), lse
     out, lse = torch.empty_like(wide, memory_format=torch.contiguous_format), wide.new_empty(q.shape[:2])
+    sequences = {r.sequence: r for r in few}
     for sequence, row, position in rows:
         ids = block_indices[row]
         chosen = _local_last(ids, position // block_size)
@@ -254,16 +180,15 @@ def block_sparse_attention_paged(
         else:
             seen = (chosen - 1) * block_size + position % block_size + 1
             logical = cache.of_blocks(ids[:, :chosen].long())[:, : -(-seen // cache.tokens)]
-            found = cache.physical(page_table[sequence], logical).add_(cache.head_starts(q.device)[:, None])
-            keys, values = _gather((k, v), cache, found.flatten(), seen, dtype)
-            part = _attend_row(wide[at], keys, values, scale)
+            found = plan.rows(sequences[sequence], cache).gather(1, logical)
+            part = decode.attend_rows(wide[at], k, v, found, seen, scale, plan)
         if q.shape[0] == 1:
             return part[0].to(q.dtype), part[1]
         out[at], lse[at] = part
     for r in requests:
         if r.num_queries <= _FEW_TOKENS:
             continue
-        keys, values = _gather((k, v), cache, _tokens(cache, page_table[r.sequence], r.length), r.length, dtype)
+        keys, values = _gather((k, v), cache, plan.rows(r, cache), r.length, dtype)
         out[r.rows], lse[r.rows] = attention.block_sparse_attention(
             wide[r.rows], keys.transpose(0, 1), values.transpose(0, 1), block_indices[r.rows], [0, r.num_queries],
             [0, r.length], block_size=block_size, scale=scale,
@@ -271,19 +196,14 @@ def block_sparse_attention_paged(
     return out.to(q.dtype), lse
 
 
-def _tokens(cache: CacheRows, table: Tensor, length: int) -> Tensor:
-    """Physical rows that hold the first `length` tokens of one sequence, head by head."""
-    logical = torch.arange(-(-length // cache.tokens), device=table.device)
-    found = cache.physical(table, logical)
-    return found if cache.heads == 1 else (found + cache.head_starts(table.device)[:, None]).flatten()
-
-
 def _gather(
     caches: tuple[Tensor, Tensor], cache: CacheRows, found: Tensor, length: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of one sequence from their physical rows: each `[heads, length, D]`, nothing past the end."""
+    """Keys and values of one sequence from rows `found` `[heads, rows]`: each `[heads, length, D]`, nothing past it."""
+    places = found.flatten()
     k, v = (
-        x.index_select(0, found).view(cache.heads, -1, x.shape[1] // cache.tokens)[:, :length].to(dtype) for x in caches
+        x.index_select(0, places).view(cache.heads, -1, x.shape[1] // cache.tokens)[:, :length].to(dtype)
+        for x in caches
     )
     return k, v
 
@@ -295,17 +215,10 @@ def _local_last(ids: Tensor, current: int) -> int | None:
         count = len(head) - head.count(-1)
         if (chosen is not None and count != chosen) or not count or head[count - 1] != current:
             return None
-        if not all(0 <= block < current for block in head[: count - 1]):
+        if count > 1 and (min(head[: count - 1]) < 0 or max(head[: count - 1]) >= current):
             return None
         chosen = count
     return chosen
-
-
-def _attend_row(q: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One query `[1, Hq, D]` against `[Hkv, s, D]`: its query heads are the rows of each KV head."""
-    grouped = q.view(1, keys.shape[0], -1, q.shape[-1])
-    out, lse = attend(grouped, keys.unsqueeze(0), values.unsqueeze(0), causal=False, scale=scale)
-    return out.reshape(q.shape), lse.reshape(q.shape[:2])
 
 
 def _masked(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, unused: Tensor, scale: float) -> (
