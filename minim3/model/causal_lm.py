@@ -14,6 +14,7 @@ from minim3.config import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, config_from_
 from minim3.model.attention import MiniMaxM3Attention
 from minim3.model.batch import ForwardBatch, ForwardRecord
 from minim3.model.decoder import MiniMaxM3TextModel, check_vocabulary, embed_inputs, initialize
+from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm
 from minim3.model.moe import MoEConfig
 from minim3.model.multimodal import VisionLanguage, splice_features
 from minim3.model.outputs import MiniMaxM3CausalLMOutput, load_balancing_loss, next_token_loss, packed_targets
@@ -152,9 +153,12 @@ class CausalLM(nn.Module):
         return self.get_output_embeddings()(hidden_states)
 
     def pack_for_inference(self) -> None:
-        """Pack the projections of sparse layers into one weight each (see `MiniMaxM3Attention.pack_for_inference`)."""
+        """Let projections of one input share a weight, and prepare norms: same parameters, fewer operations a token.
+
+        See `minim3.model.layers` and `MiniMaxM3Attention.pack_for_inference`.
+        """
         for module in self.modules():
-            if isinstance(module, MiniMaxM3Attention):
+            if isinstance(module, (MiniMaxM3Attention, MiniMaxM3MLP, MiniMaxM3RMSNorm)):
                 module.pack_for_inference()
 
     def generate(self, input_ids: Tensor | None = None, **options: Any) -> Any:
