@@ -31,7 +31,7 @@ from minim3.pocket.world import (
     draw,
     random_scene,
 )
-from minim3.processing.image import MiniMaxM3VLImageProcessor
+from minim3.processing.processor import MiniMaxM3VLProcessor
 
 WEIGHTS = Path(minim3.pocket.__file__).parent / "weights"
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -514,6 +514,17 @@ def test_the_first_lesson_teaches_colours_at_once() -> None:
     model = MiniMaxM3SparseForConditionalGeneration.from_config(MiniMaxM3VLConfig.from_dict(raw))
     before = model.vision_tower.vision_model.embeddings.patch_embedding.weight.clone()
     head = model.get_output_embeddings().weight.clone()
-    warmup.warm_up(model, MiniMaxM3VLImageProcessor(max_pixels=12544), steps=3, num_pictures=4)
+    warmup.warm_up(model, MiniMaxM3VLProcessor.from_pretrained(WEIGHTS), steps=3, num_pictures=4)
     assert not torch.equal(before, model.vision_tower.vision_model.embeddings.patch_embedding.weight)
     assert torch.equal(head, model.get_output_embeddings().weight)
+
+
+def test_follow_up_questions_are_about_the_same_table() -> None:
+    """Answers from another table would teach the model to guess."""
+    for seed in range(20):
+        first, *others = text_tasks.ask_lookups(np.random.default_rng(seed), 8)
+        assert len(others) == 7
+        assert len({question.answer for question in others} | {first.answer}) == 8
+        for question in others:
+            key = next(word for word in re.findall(r"\w+", question.text) if word in text_tasks.WORDS)
+            assert re.search(rf"\b{key}\b\W+(is )?{question.answer}\b", first.text)

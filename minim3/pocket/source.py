@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from minim3.pocket.questions import KINDS, Question, ask, describe
-from minim3.pocket.text_tasks import TEXT_KINDS, ask_text, small_talk
+from minim3.pocket.text_tasks import TEXT_KINDS, ask_lookups, ask_text, small_talk
 from minim3.pocket.world import MAX_OBJECTS, Scene, draw, random_scene
 
 # First entry of the seed sequence: training and evaluation never draw the same numbers, whatever their seeds.
@@ -31,7 +31,7 @@ KIND_WEIGHTS = {
 }
 TEXT_WEIGHTS = {"copy": 0.28, "lookup": 0.28, "sum": 0.4, "small_talk": 0.04}
 # Conversations of a text group, and the most turns one of them has.
-TEXT_GROUPS = {"copy": (6, 1), "lookup": (3, 2), "sum": (6, 5), "small_talk": (4, 3)}
+TEXT_GROUPS = {"copy": (6, 1), "lookup": (2, 8), "sum": (5, 8), "small_talk": (4, 3)}
 # Scenes of 1 to 6 objects: a full one answers more questions.
 OBJECT_COUNT_WEIGHTS = (0.08, 0.14, 0.18, 0.2, 0.2, 0.2)
 
@@ -69,9 +69,9 @@ class PocketSource:
     seed: int = 0
     start: int = 0
     stride: int = 1
-    questions_per_picture: int = 8
+    questions_per_picture: int = 12
     descriptions_per_picture: int = 2
-    single_turn_fraction: float = 0.5
+    single_turn_fraction: float = 0.4
     text_fraction: float = 0.3
     kind_weights: Mapping[str, float] = field(default_factory=lambda: dict(KIND_WEIGHTS))
     text_weights: Mapping[str, float] = field(default_factory=lambda: dict(TEXT_WEIGHTS))
@@ -135,7 +135,10 @@ class PocketSource:
         samples = []
         for _ in range(num_conversations):
             num_turns = int(rng.integers(1, max_turns + 1))
-            turns = [small_talk(rng) if kind == "small_talk" else ask_text(kind, rng) for _ in range(num_turns)]
+            if kind == "lookup":
+                turns = ask_lookups(rng, num_turns)
+            else:
+                turns = [small_talk(rng) if kind == "small_talk" else ask_text(kind, rng) for _ in range(num_turns)]
             samples.append(self._conversation(turns, rng, picture=False))
         return Group(samples, [])
 

@@ -4,6 +4,8 @@ Words come from `WORDS`, each of which the tokenizer holds as one token. Small t
 feel broken, and is not scored.
 """
 
+import re
+
 import numpy as np
 
 from minim3.pocket.questions import Question, pick_wording
@@ -25,6 +27,8 @@ table tail tea tent toe town toy train tree wall wave west wind wolf wood wool
 WORDS = tuple(_WORDS.split())
 # How a table of pairs is written: between key and value, and between pairs.
 TABLE_STYLES = ((": ", ", "), ("=", ", "), (" = ", "\n"), (": ", "\n"), (" is ", ", "))
+
+FOLLOW_UPS = ("And {key}?", "Look up {key}.", "What is the value of {key}?", "Tell me the value of {key}.", "{key}?")
 
 GREETINGS = ("Hello", "Hello!", "Hi", "Hi!", "Hey", "Good morning", "Good evening", "Hello there", "hello", "hi")
 SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -88,6 +92,22 @@ def ask_text(kind: str, rng: np.random.Generator, *, held_out_wording: bool = Fa
     table = after.join(f"{key}{between}{value}" for key, value in zip(keys, values))
     asked = int(rng.integers(NUM_LOOKUP_PAIRS))
     return Question(kind, kind, template.format(table=table, key=keys[asked]), values[asked], held_out_wording)
+
+
+def ask_lookups(rng: np.random.Generator, num_turns: int) -> list[Question]:
+    """A conversation about one table: the question that brings it, then others that name a key alone.
+
+    For training: reading a table is learnt from many questions to it, and the table costs most of the tokens.
+    """
+    first = ask_text("lookup", rng)
+    lines = re.findall(r"(\w+)(?:: | is | ?= ?)(\w+)", first.text)
+    pairs = {key: value for key, value in lines if key in WORDS and value in WORDS}
+    keys = [str(key) for key in rng.permutation([key for key in pairs if pairs[key] != first.answer])]
+    turns = [first]
+    for key in keys[: num_turns - 1]:
+        wording = FOLLOW_UPS[int(rng.integers(len(FOLLOW_UPS)))]
+        turns.append(Question("lookup", "lookup", wording.format(key=key), pairs[key], False))
+    return turns
 
 
 def small_talk(rng: np.random.Generator) -> Question:

@@ -1,18 +1,19 @@
-"""The first lesson of pocket's vision tower: what lies in each cell of the picture.
+"""The first lesson of pocket: fresh weights on sensible scales, and a vision tower that speaks in words.
 
     python -m minim3.pocket.warmup recipes/pocket_config.json runs/pocket-vision
 
 A vision tower learns slowly from short answers alone: a picture gives it a handful of target tokens, and until it
-distinguishes anything they teach it nothing. Here every placeholder feature is asked directly, through three linear
-heads that are thrown away afterwards, for colour, shape and size of the object whose centre lies in its cell. The
-checkpoint written at the end (text part untouched) is what `recipes/pocket.yaml` starts from.
+distinguishes anything they teach it nothing. Here every placeholder feature is asked directly for the colour, the shape
+and the size of the object whose centre lies in its cell. The rows of the three heads are the text model's own embeddings
+of those words, so the features come to stand beside them: the feature of a red star is near `red` plus `star`. The
+checkpoint written at the end (the rest of the text part as it was drawn) is what `recipes/pocket.yaml` starts from.
 """
 
 import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +26,49 @@ from minim3.model.causal_lm import MiniMaxM3SparseForConditionalGeneration
 from minim3.pocket.source import WARMUP_STREAM
 from minim3.pocket.world import COLOURS, PICTURE_SIZE, SHAPES, SIZES, Scene, draw, random_scene
 from minim3.processing.image import MiniMaxM3VLImageProcessor
+from minim3.processing.processor import MiniMaxM3VLProcessor
+from minim3.processing.tokenizer import Tokenizer
 
 CELL = 28  # pixels a placeholder token covers on each side
 ATTRIBUTES = (tuple(COLOURS), SHAPES, tuple(SIZES))
 EMPTY_WEIGHT = 0.3  # most cells are empty
+EMBEDDING_STD = 0.5
+RESIDUAL_FACTOR = 0.3  # about (2 * layers) ** -0.5: what layers add starts small beside what they add it to
+
+
+@torch.no_grad()
+def draw_weights(model: MiniMaxM3SparseForConditionalGeneration, tokenizer: Tokenizer) -> None:
+    """Text weights of deviation `fan_in ** -0.5`, smaller where a layer writes to the residual stream.
+
+    A word starts with the same embedding with and without the space before it.
+    """
+    for name, parameter in model.text_model.named_parameters():
+        if parameter.dim() > 1:
+            writes = name.endswith(("o_proj.weight", "down_proj.weight", "w2"))
+            parameter.normal_(0.0, parameter.shape[-1] ** -0.5 * (RESIDUAL_FACTOR if writes else 1.0))
+    embeddings = model.text_model.embed_tokens.weight
+    embeddings.normal_(0.0, EMBEDDING_STD)
+    for token_id in range(tokenizer.vocab_size):
+        text = tokenizer.decode([token_id])
+        bare = tokenizer.encode(text[1:]) if text[:1] == " " and text[1:].isalpha() else []
+        if len(bare) == 1:
+            embeddings[bare[0]] = embeddings[token_id]
+
+
+class AttributeHead(nn.Module):
+    """Logits of no object and of each word, from features `[N, H]`: products with the embeddings of the words."""
+
+    def __init__(self, model: MiniMaxM3SparseForConditionalGeneration, tokenizer: Tokenizer, words: Sequence[str]):
+        super().__init__()
+        ids = [tokenizer.encode(f" {word}") for word in words]
+        assert all(len(tokens) == 1 for tokens in ids), words
+        rows = model.text_model.embed_tokens.weight[[tokens[0] for tokens in ids]]
+        self.words: Tensor
+        self.register_buffer("words", rows.detach().clone())
+        self.empty = nn.Parameter(torch.zeros(1, rows.shape[1]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features @ torch.cat([self.empty, self.words]).t()
 
 
 def cell_targets(scene: Scene) -> Tensor:
@@ -58,17 +98,19 @@ def batches(processor: MiniMaxM3VLImageProcessor, seed: int, num_pictures: int) 
 
 
 def warm_up(
-    model: MiniMaxM3SparseForConditionalGeneration, processor: MiniMaxM3VLImageProcessor, *, steps: int = 800,
+    model: MiniMaxM3SparseForConditionalGeneration, processor: MiniMaxM3VLProcessor, *, steps: int = 800,
     num_pictures: int = 48, lr: float = 2e-3, seed: int = 0, log_every_steps: int = 25,
 ) -> None:  # fmt: skip
     """Train tower and projectors of `model` in place: AdamW, linear warm-up over 5% of the steps, cosine to 0."""
-    heads = nn.ModuleList([nn.Linear(model.text_config.hidden_size, len(names) + 1) for names in ATTRIBUTES])
+    heads = nn.ModuleList([AttributeHead(model, processor.tokenizer, words) for words in ATTRIBUTES])
+    images = processor.image_processor
+    assert images is not None
     parts = (model.vision_tower, model.multi_modal_projector, model.patch_merge_mlp, heads)
     parameters = [parameter for part in parts for parameter in part.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
     right, seen, started = torch.zeros(len(ATTRIBUTES)), 0, time.monotonic()
-    for step, (pixels, grids, targets) in zip(range(1, steps + 1), batches(processor, seed, num_pictures)):
+    for step, (pixels, grids, targets) in zip(range(1, steps + 1), batches(images, seed, num_pictures)):
         features = model.get_image_features(pixels, grids)
         loss = features.new_zeros(())
         occupied = targets[:, 0] > 0
@@ -108,7 +150,8 @@ def main() -> None:
     torch.manual_seed(options.seed)
     config = MiniMaxM3VLConfig.from_dict(json.loads(options.config.read_text(encoding="utf-8")))
     model = MiniMaxM3SparseForConditionalGeneration.from_config(config)
-    processor = MiniMaxM3VLImageProcessor.from_pretrained(Path(__file__).parent / "weights")
+    processor = MiniMaxM3VLProcessor.from_pretrained(Path(__file__).parent / "weights")
+    draw_weights(model, processor.tokenizer)
     warm_up(model, processor, steps=options.steps, seed=options.seed)
     model.save_pretrained(options.output, format="fp32")
 
