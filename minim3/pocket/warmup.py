@@ -3,9 +3,9 @@
     python -m minim3.pocket.warmup recipes/pocket_config.json runs/pocket-vision
 
 A vision tower learns slowly from short answers alone: a picture gives it a handful of target tokens, and until it
-distinguishes anything they teach it nothing. Here every placeholder feature is asked directly for the colour, the shape
-and the size of the object whose centre lies in its cell. The rows of the three heads are the text model's own embeddings
-of those words, so the features come to stand beside them: the feature of a red star is near `red` plus `star`. The
+distinguishes anything they teach it nothing. Here every placeholder feature is asked directly for the colour, the
+shape and the size of the object whose centre lies in its cell. The rows of the three heads are the text model's own
+embeddings of those words, so the features come to stand beside them: that of a red star is near `red` plus `star`. The
 checkpoint written at the end (the rest of the text part as it was drawn) is what `recipes/pocket.yaml` starts from.
 """
 
