@@ -338,7 +338,7 @@ class MiniMaxM3SparseForConditionalGeneration(CausalLM, VisionLanguage):
     @classmethod
     def config_of(cls, config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig, source: str) -> MiniMaxM3VLConfig:
         if isinstance(config, MiniMaxM3VLTextConfig) or config.vision_config is None:
-            raise ValueError(f"{source} is text-only: without a vision part; use MiniMaxM3SparseForCausalLM or minim3.load")
+            raise ValueError(f"{source} has no vision part: use MiniMaxM3SparseForCausalLM or minim3.load")
         return config
 
     @classmethod
