@@ -4,7 +4,7 @@ Shapes: T new tokens, S tokens of the sequences in all, Hq / Hkv / Hi query, key
 dimensions. One index head serves one KV head and the query heads that share it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -231,6 +231,19 @@ class MiniMaxM3Attention(nn.Module):
         self._packed = PackedProjection(self, self._packed)
 
 
+# In the order they are packed: those of the attention, of its indexer, and of the attention again.
+_PROJECTIONS = (("q_proj", "k_proj"), ("index_q_proj", "index_k_proj"), ("v_proj",))
+_NORMS = (("q_norm", "k_norm"), ("index_q_norm", "index_k_norm"), ())
+
+
+def _children(attention: MiniMaxM3Attention, names: Sequence[Sequence[str]]) -> list[Any]:
+    """The modules of these names, from the plain dictionaries, since this runs in every layer and step."""
+    own, indexer = attention._modules, attention._modules.get("indexer")
+    first, index, last = names
+    between = [] if indexer is None else [indexer._modules[name] for name in index]
+    return [own[name] for name in first] + between + [own[name] for name in last]
+
+
 class PackedProjection:
     """One product for all projections of a layer, with the normed heads side by side. `known` is an earlier packing."""
 
@@ -241,32 +254,20 @@ class PackedProjection:
         if indexer is not None:
             self.heads += [indexer.num_index_heads, 1]
         self.num_normed = sum(self.heads)
-        projections = self._projections(attention)
+        projections = _children(attention, _PROJECTIONS)
         reuse = known is not None and known.linears.holds(projections)
         self.linears: PackedLinears = known.linears if known is not None and reuse else PackedLinears(projections)
-        self.scale = PackedScale(self._norms(attention), self.heads)
-
-    @staticmethod
-    def _projections(attention: MiniMaxM3Attention) -> list[nn.Linear]:
-        indexer = attention.indexer
-        index = [] if indexer is None else [indexer.index_q_proj, indexer.index_k_proj]
-        return [attention.q_proj, attention.k_proj, *index, attention.v_proj]
-
-    @staticmethod
-    def _norms(attention: MiniMaxM3Attention) -> list[MiniMaxM3RMSNorm]:
-        indexer = attention.indexer
-        index = [] if indexer is None else [indexer.index_q_norm, indexer.index_k_norm]
-        return [attention.q_norm, attention.k_norm, *index]
+        self.scale = PackedScale(_children(attention, _NORMS), self.heads)
 
     def is_current(self, attention: MiniMaxM3Attention) -> bool:
         """Whether the packed weights are those of `attention`, and its norms the ones that were copied."""
-        return self.linears.holds(self._projections(attention)) and self.scale.holds(self._norms(attention))
+        return self.linears.holds(_children(attention, _PROJECTIONS)) and self.scale.holds(_children(attention, _NORMS))
 
     def __call__(
         self, x: Tensor, rotary: RotaryFactors
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        heads = self.linears(x).unflatten(-1, (-1, self.head_dim))
+        heads = self.linears(x).view(*x.shape[:-1], -1, self.head_dim)
         normed = self.scale(at_least_fp32(heads[..., : self.num_normed, :]))
-        q, k, *index = rotary.rotate(normed).to(x.dtype).split(self.heads, dim=-2)
+        q, k, *index = rotary.rotate(normed).to(x.dtype).split_with_sizes(self.heads, dim=-2)
         index_q, index_k = index or (None, None)
         return q, k, heads[..., self.num_normed :, :], index_q, index_k

@@ -67,8 +67,11 @@ class MiniMaxM3Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[T, H]` -> at least fp32 `[T, experts]`."""
         x = at_least_fp32(x)
+        weight = self.weight.to(x.dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            return F.linear(x, weight)
         with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x, self.weight.to(x.dtype))
+            return F.linear(x, weight)
 
 
 def _undo_below_fp32(before: Tensor, after: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ class MiniMaxM3MoE(nn.Module):
         choice = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
         expert_ids = choice.detach().topk(self.num_experts_per_tok, dim=-1, sorted=False).indices
         weights = scores.gather(-1, expert_ids)
-        return expert_ids, weights * (self.routed_scaling_factor / weights.sum(-1, keepdim=True))
+        return expert_ids, weights / weights.sum(-1, keepdim=True) * self.routed_scaling_factor
 
     def forward(self, x: Tensor, record: ForwardRecord | None = None) -> Tensor:
         """`[..., H]` -> the same shape."""

@@ -7,13 +7,12 @@ number of query heads that share a KV head.
 import torch
 from torch import Tensor
 
-from minim3.kernels.portable.flash import attend
 from minim3.kernels.portable.plan import CacheRows, PagedPlan, Request
 from minim3.kernels.sequences import at_least_fp32
 
 _GATHERED_ELEMENTS = 1 << 18
-"""Keys are gathered for as many heads at once as stay within this many elements (1 MiB in fp32), so that the product
-finds them in the second-level cache."""
+"""Keys are gathered for as many heads at once as stay within this many elements a thread (1 MiB in fp32), so that the
+product finds them in the second-level cache of the core that gathered them."""
 
 
 def select_row(
@@ -33,6 +32,7 @@ def select_row(
     # Stable: of equal scores the lower id comes first.
     order = best.sort(dim=-1, descending=True, stable=True).indices
     chosen = order[:, : topk_blocks - init_blocks - local_blocks].sort(-1).values
+    # The local blocks are in their places already.
     ids = plan.once(
         ("forced", index_q.shape[1], block_size, topk_blocks, init_blocks, local_blocks),
         lambda: _forced_row(index_q, current, topk_blocks, init_blocks, local_blocks),
@@ -59,28 +59,55 @@ def index_keys(pages: Tensor, plan: PagedPlan, r: Request, num_keys: int, block_
     return cache.view(pages).index_select(0, found).view(-1, dim)[:num_keys]
 
 
+def attend_dense(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PagedPlan, r: Request, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attend all tokens of a sequence: (out `[1, Hq, D]`, lse `[1, Hq]`)."""
+    first_page = plan.first_page(r)
+    if first_page is not None:
+        return attend_pages(q, k_pages, v_pages, first_page, r.length, scale)
+    cache = CacheRows.of(k_pages, k_pages.shape[-2])
+    return attend_rows(q, cache.view(k_pages), cache.view(v_pages), plan.rows(r, cache), r.length, scale, plan)
+
+
 def attend_pages(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, first_page: int, length: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attend `length` tokens in pages that follow each other, where they lie: (out `[1, Hq, D]`, lse `[1, Hq]`).
+    """Attend `length` tokens in pages that follow each other, where they lie.
 
-    Every page is a batch entry of its own, and the results are merged; the last page is cut where the sequence ends.
+    Every page and head is a batch entry of the products. Past the end of the sequence scores are hidden and values
+    left out, since a share of zero would not cancel a NaN.
     """
-    _, heads, page_size, _ = k_pages.shape
+    heads, page_size, dim = k_pages.shape[1:]
     whole = (length - 1) // page_size
-    last = first_page + whole
-    grouped = q.view(1, heads, -1, q.shape[-1])
-    k, v = (x[last : last + 1, :, : length - whole * page_size].to(q.dtype) for x in (k_pages, v_pages))
-    out, lse = attend(grouped, k, v, causal=False, scale=scale)
-    if whole:
-        k, v = (x[first_page:last].to(q.dtype) for x in (k_pages, v_pages))
-        outs, lses = attend(grouped.expand(whole, -1, -1, -1), k, v, causal=False, scale=scale)
-        lses = torch.cat([lses, lse])
-        shares = lses.softmax(0)
-        # The largest share is exp(largest lse - lse of all).
-        lse = lses.amax(0) - shares.amax(0).log()
-        out = torch.cat([outs, out]).mul_(shares.unsqueeze(-1)).sum(0)
-    return out.reshape(q.shape), lse.reshape(q.shape[:2])
+    last, tail = first_page + whole, length - whole * page_size
+    grouped = (q * scale).view(heads, -1, dim)
+    last_values = v_pages[last, :, :tail].to(q.dtype)
+    if not whole:
+        return _attend(grouped, k_pages[last, :, :tail].to(q.dtype), last_values, q)
+    keys = k_pages[first_page : last + 1].view(-1, page_size, dim).to(q.dtype)
+    queries = grouped.expand(whole + 1, -1, -1, -1).reshape(keys.shape[0], -1, dim)
+    scores = torch.bmm(queries, keys.transpose(1, 2)).view(whole + 1, heads, -1, page_size)
+    scores[whole, :, :, tail:] = -torch.inf
+    largest = scores.amax((0, 3)).unsqueeze(-1)
+    shares = scores.sub_(largest).exp_()
+    total = shares.sum((0, 3)).unsqueeze(-1)
+    values = v_pages[first_page:last].view(-1, page_size, dim).to(q.dtype)
+    out = torch.bmm(shares[:whole].view(values.shape[0], -1, page_size), values).view(whole, *grouped.shape).sum(0)
+    out = torch.baddbmm(out, shares[whole, :, :, :tail], last_values).div_(total)
+    return out.view(q.shape), largest.add_(total.log_()).view(q.shape[:2])
+
+
+def _attend(grouped: Tensor, keys: Tensor, values: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """Scaled queries `[Hkv, G, D]` against keys and values `[Hkv, s, D]`; the results are shaped for `q`."""
+    scores = torch.bmm(grouped, keys.transpose(1, 2))
+    shares = scores.softmax(-1)
+    return torch.bmm(shares, values).view(q.shape), _lse(scores, shares).view(q.shape[:2])
+
+
+def _lse(scores: Tensor, shares: Tensor) -> Tensor:
+    """From scores and their softmax: the largest share is exp(largest score - lse)."""
+    return scores.amax(-1) - shares.amax(-1).log()
 
 
 def attend_rows(
@@ -89,7 +116,7 @@ def attend_rows(
     """Attend the first `length` tokens of the cache rows `found` `[Hkv, n]`, gathered a few heads at a time."""
     heads, num_rows = found.shape
     dim, width = q.shape[-1], k_rows.shape[1]
-    together = max(1, min(heads, _GATHERED_ELEMENTS // (num_rows * width)))
+    together = max(1, min(heads, _GATHERED_ELEMENTS * torch.get_num_threads() // (num_rows * width)))
     while heads % together:
         together -= 1
     places = found.view(heads // together, -1).unbind()
@@ -100,11 +127,9 @@ def attend_rows(
     for place, query, score in zip(places, grouped.split(together), scores.split(together)):
         torch.index_select(k_rows, 0, place, out=gathered)
         torch.bmm(query, tokens.to(q.dtype).transpose(1, 2), out=score)
-    probabilities = scores.softmax(-1)
-    # The largest probability is exp(largest score - lse).
-    lse = scores.amax(-1) - probabilities.amax(-1).log()
+    shares = scores.softmax(-1)
     out = torch.empty_like(grouped)
-    for place, probability, part in zip(places, probabilities.split(together), out.split(together)):
+    for place, share, part in zip(places, shares.split(together), out.split(together)):
         torch.index_select(v_rows, 0, place, out=gathered)
-        torch.bmm(probability, tokens.to(q.dtype), out=part)
-    return out.view(q.shape), lse.view(q.shape[:2])
+        torch.bmm(share, tokens.to(q.dtype), out=part)
+    return out.view(q.shape), _lse(scores, shares).view(q.shape[:2])

@@ -35,14 +35,15 @@ def select_blocks_paged(
     plan = _plan(plan, page_table, lengths_k, cu_seqlens_q, index_k_pages.shape[-2])
     requests = plan.requests
     scale = index_q.shape[-1] ** -0.5 if scale is None else scale
+    only = plan.only_query
+    if only is not None and local_blocks and only.length > topk_blocks * block_size:
+        return decode.select_row(
+            index_q, index_k_pages, plan, only, block_size=block_size, topk_blocks=topk_blocks,
+            init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
+        )  # fmt: skip
     dtype = at_least_fp32(index_q.dtype)
     heads = index_q.shape[1]
     cache = CacheRows.of(index_k_pages, block_size)
-    if len(requests) == 1 == requests[0].num_queries and local_blocks and requests[0].length > topk_blocks * block_size:
-        return decode.select_row(
-            index_q, index_k_pages, plan, requests[0], block_size=block_size, topk_blocks=topk_blocks,
-            init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
-        )  # fmt: skip
     index_k = cache.view(index_k_pages)
     current = plan.once(("current", block_size), lambda: _positions(requests, index_q.device) // block_size)
     out = select.all_blocks(current, heads, topk_blocks)
@@ -117,6 +118,9 @@ def paged_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dtype = at_least_fp32(q.dtype)
     wide = q.detach().to(dtype)
+    if plan.only_query is not None:
+        out, lse = decode.attend_dense(wide, k_pages, v_pages, plan, plan.only_query, scale)
+        return out.to(q.dtype), lse
     cache = CacheRows.of(k_pages, k_pages.shape[-2])
     k, v = cache.view(k_pages), cache.view(v_pages)
     kv_heads, dim = k_pages.shape[1], q.shape[-1]
@@ -130,11 +134,8 @@ def paged_attention(
         return out.to(q.dtype), lse
     out, lse = torch.empty_like(wide, memory_format=torch.contiguous_format), wide.new_empty(q.shape[:2])
     for r in requests:
-        first_page = plan.first_page(r)
-        if r.num_queries == 1 and first_page is not None:
-            part = decode.attend_pages(wide[r.rows], k_pages, v_pages, first_page, r.length, scale)
-        elif r.num_queries == 1:
-            part = decode.attend_rows(wide[r.rows], k, v, plan.rows(r, cache), r.length, scale, plan)
+        if r.num_queries == 1:
+            part = decode.attend_dense(wide[r.rows], k_pages, v_pages, plan, r, scale)
         else:
             keys, values = _gather((k, v), cache, plan.rows(r, cache), r.length, dtype)
             part = attention.varlen_attention(
@@ -160,27 +161,23 @@ def block_sparse_attention_paged(
     k, v = cache.view(k_pages), cache.view(v_pages)
     wide = q.detach().to(dtype)
     dim = q.shape[-1]
-    few = [r for r in requests if r.num_queries <= _FEW_TOKENS]
-    rows = [(r.sequence, i + r.q_start, r.position(i)) for r in few for i in range(r.num_queries)]
-    if len(rows) == q.shape[0] > 1 and len(rows) * cache.heads * block_indices.shape[2] * block_size * dim <= (
+    few = [(r, i) for r in requests if r.num_queries <= _FEW_TOKENS for i in range(r.num_queries)]
+    if len(few) == q.shape[0] > 1 and len(few) * cache.heads * block_indices.shape[2] * block_size * dim <= (
         _BATCH_ELEMENTS
     ):  # fmt: skip
-        out, lse = _sparse_batch(wide, k, v, cache, page_table, rows, block_indices, block_size, scale)
+        out, lse = _sparse_batch(wide, k, v, cache, page_table, few, block_indices, block_size, scale)
         return out.to(q.dtype), lse
     out, lse = torch.empty_like(wide, memory_format=torch.contiguous_format), wide.new_empty(q.shape[:2])
-    sequences = {r.sequence: r for r in few}
-    for sequence, row, position in rows:
-        ids = block_indices[row]
-        chosen = _local_last(ids, position // block_size)
-        at = slice(row, row + 1)
+    for r, query in few:
+        at = slice(r.q_start + query, r.q_start + query + 1)
+        ids, position = block_indices[at], r.position(query)
+        chosen = _local_last(ids[0], position // block_size)
         if chosen is None:  # the current block comes earlier, or heads chose different numbers
-            part = _sparse_batch(
-                wide[at], k, v, cache, page_table, [(sequence, row, position)], ids[None], block_size, scale
-            )
+            part = _sparse_batch(wide[at], k, v, cache, page_table, [(r, query)], ids, block_size, scale)
         else:
             seen = (chosen - 1) * block_size + position % block_size + 1
-            logical = cache.of_blocks(ids[:, :chosen].long())[:, : -(-seen // cache.tokens)]
-            found = plan.rows(sequences[sequence], cache).gather(1, logical)
+            logical = cache.of_blocks(ids[0, :, :chosen].long())[:, : -(-seen // cache.tokens)]
+            found = plan.rows(r, cache).gather(1, logical)
             part = decode.attend_rows(wide[at], k, v, found, seen, scale, plan)
         if q.shape[0] == 1:
             return part[0].to(q.dtype), part[1]
@@ -262,15 +259,15 @@ def _dense_batch(
 
 
 def _sparse_batch(
-    q: Tensor, k: Tensor, v: Tensor, cache: CacheRows, page_table: Tensor, rows: Sequence[tuple[int, int, int]],
+    q: Tensor, k: Tensor, v: Tensor, cache: CacheRows, page_table: Tensor, queries: Sequence[tuple[Request, int]],
     block_indices: Tensor, block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Every query by itself, all at once: `rows` (sequence, row, position) in packed order; any ids, in any order."""
-    count, dim, device = len(rows), q.shape[-1], q.device
-    sequence, _, position = torch.tensor(rows, device=device).t()
+    """Every query (the i-th of its sequence) by itself, all at once, in packed order; any ids, in any order."""
+    count, dim, device = len(queries), q.shape[-1], q.device
+    sequence, position = torch.tensor([(r.sequence, r.position(i)) for r, i in queries], device=device).t()
     ids = block_indices.long()
     logical = cache.of_blocks(ids.clamp(min=0))  # [t, Hkv, K']
-    table = page_table if [r[0] for r in rows] == list(range(page_table.shape[0])) else page_table[sequence]
+    table = page_table if [r.sequence for r, _ in queries] == list(range(page_table.shape[0])) else page_table[sequence]
     found = cache.physical(table, logical) + cache.head_starts(device)[:, None]
     keys, values = (
         x.index_select(0, found.flatten()).view(count, cache.heads, -1, dim).to(q.dtype) for x in (k, v)

@@ -100,6 +100,11 @@ class PagedPlan:
         """The page table as plain integers."""
         return self.page_table.tolist()
 
+    @cached_property
+    def only_query(self) -> Request | None:
+        """The one sequence of a step that decodes one token of it."""
+        return self.requests[0] if len(self.requests) == 1 == self.requests[0].num_queries else None
+
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returned when it was first asked for under this key."""
         if key not in self._made:
