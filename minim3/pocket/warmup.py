@@ -33,6 +33,9 @@ CELL = 28  # pixels a placeholder token covers on each side
 ATTRIBUTES = (tuple(COLOURS), SHAPES, tuple(SIZES))
 EMPTY_WEIGHT = 0.3  # most cells are empty
 EMBEDDING_STD = 0.5
+# Normed queries and keys of 32 channels meet in logits of at most 5.7 (32 ** 0.5), too blunt to single a token out of a
+# hundred, and their scales move slowly: twice that on both sides gives 22.6. (With 128 channels it is 11.3 by itself.)
+HEAD_NORM_WEIGHT = 1.0
 RESIDUAL_FACTOR = 0.3  # about (2 * layers) ** -0.5: what layers add starts small beside what they add it to
 
 
@@ -46,6 +49,8 @@ def draw_weights(model: MiniMaxM3SparseForConditionalGeneration, tokenizer: Toke
         if parameter.dim() > 1:
             writes = name.endswith(("o_proj.weight", "down_proj.weight", "w2"))
             parameter.normal_(0.0, parameter.shape[-1] ** -0.5 * (RESIDUAL_FACTOR if writes else 1.0))
+        elif name.endswith((".q_norm.weight", ".k_norm.weight")):
+            parameter.fill_(HEAD_NORM_WEIGHT)
     embeddings = model.text_model.embed_tokens.weight
     embeddings.normal_(0.0, EMBEDDING_STD)
     for token_id in range(tokenizer.vocab_size):

@@ -11,19 +11,31 @@ from minim3.model.moe import MiniMaxM3MoE
 from minim3.training.config import OptimRecipe, ScheduleRecipe
 
 INDEXER, VISION = ".indexer.", ("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
+HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
 
 
 def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, Any]]:
-    """AdamW groups by part (indexer, vision, rest) and by decay: matrices decay, embeddings and vectors do not.
+    """AdamW groups by part (indexer, vision, per-head norms, rest) and by decay: matrices decay, embeddings and vectors do not.
 
     Every group carries its name, the names of its parameters and `lr_scale`, its factor on the scheduled rate.
     """
-    scales = {"indexer": recipe.indexer_lr_scale, "vision": recipe.vision_lr_scale, "text": 1.0}
+    scales = {
+        "indexer": recipe.indexer_lr_scale,
+        "vision": recipe.vision_lr_scale,
+        "head_norms": recipe.head_norm_lr_scale,
+        "text": 1.0,
+    }
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = "indexer" if INDEXER in name else "vision" if name.startswith(VISION) else "text"
+        part = "text"
+        if INDEXER in name:
+            part = "indexer"
+        elif name.startswith(VISION):
+            part = "vision"
+        elif name.endswith(HEAD_NORMS):
+            part = "head_norms"
         decays = parameter.ndim >= 2 and "embed_tokens" not in name
         group = groups.setdefault(
             (part, decays),
