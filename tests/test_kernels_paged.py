@@ -95,8 +95,9 @@ def test_paged_forms_equal_the_packed_reference(case: tuple[Cache, list[int], in
         q, cache.k, cache.v, want_ids, cu_q, cache.cu_seqlens_k, block_size=block_size, implementation="reference"
     )
     want_dense = kernels.varlen_attention(q, cache.k, cache.v, cu_q, cache.cu_seqlens_k, implementation="reference")
-    for implementation in ("reference", "portable", "portable"):
-        run = {"implementation": implementation}
+    plan = kernels.PagedPlan(*paged, cu_q, cache.page_size)
+    for implementation, shared in (("reference", None), ("reference", plan), ("portable", None), ("portable", plan)):
+        run = {"implementation": implementation, "plan": shared}
         ids = kernels.select_blocks_paged(index_q, cache.index_k_pages, *paged, cu_q, **selection, **run)
         assert ids.dtype == torch.int32
         assert torch.equal(ids, want_ids)
@@ -157,6 +158,62 @@ def test_long_batches_one_at_a_time_equal_batched(monkeypatch: pytest.MonkeyPatc
             results.append((*sparse, *kernels.paged_attention(q, cache.k_pages, cache.v_pages, *paged, cu_q)))
         close(results[0][:2], results[1][:2])
         close(results[0][2:], results[1][2:])
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("gathered", [1, 600, 1 << 20])
+def test_one_query_at_every_end_of_page_and_block(
+    monkeypatch: pytest.MonkeyPatch, shuffle: bool, gathered: int
+) -> None:
+    """One token of one sequence takes paths of its own: pages in a row, and heads gathered a few at a time."""
+    monkeypatch.setattr(kernels.portable.decode, "_GATHERED_ELEMENTS", gathered)
+    for length in (1, 7, 8, 9, 16, 25, 31, 32, 33, 64, 65):
+        cache = Cache([length], 8, 4, 8, length, shuffle)
+        plan = kernels.PagedPlan(cache.page_table, [length], [0, 1], 8)
+        paged = (cache.page_table, cache.lengths)
+        q, index_q = queries([0, 1], 8, length), queries([0, 1], 4, length)
+        for layer in range(2):  # a plan holds nothing of the layer it was used in
+            k_pages, v_pages, index_k_pages = (
+                x * (1 + layer) for x in (cache.k_pages, cache.v_pages, cache.index_k_pages)
+            )
+            k, v, index_k = (x * (1 + layer) for x in (cache.k, cache.v, cache.index_k))
+            want = kernels.varlen_attention(q, k, v, [0, 1], [0, length], implementation="reference")
+            close(kernels.paged_attention(q, k_pages, v_pages, *paged, [0, 1], plan=plan), want)
+            for init, local in ((0, 1), (1, 1), (1, 2), (2, 1)):
+                selection = {"block_size": 8, "topk_blocks": 3, "init_blocks": init, "local_blocks": local}
+                want_ids = kernels.select_blocks(
+                    index_q, index_k, [0, 1], [0, length], implementation="reference", **selection
+                )
+                ids = kernels.select_blocks_paged(index_q, index_k_pages, *paged, [0, 1], plan=plan, **selection)
+                assert torch.equal(ids, want_ids)
+                want = kernels.block_sparse_attention(
+                    q, k, v, ids, [0, 1], [0, length], block_size=8, implementation="reference"
+                )
+                got = kernels.block_sparse_attention_paged(
+                    q, k_pages, v_pages, *paged, ids, [0, 1], block_size=8, plan=plan
+                )
+                close(got, want)
+
+
+def test_ties_go_to_the_lower_block_while_decoding() -> None:
+    cache = Cache([60], 8, 2, 8, 0)
+    cache.index_k_pages[:] = 1.0
+    ids = kernels.select_blocks_paged(
+        queries([0, 1], 2), cache.index_k_pages, cache.page_table, [60], [0, 1], block_size=8, topk_blocks=4
+    )
+    assert ids.tolist() == [[[0, 1, 2, 7]] * 2]
+
+
+def test_decoding_with_gradients_enabled_builds_no_graph() -> None:
+    """The paged forms have no gradient; a caller who forgot `no_grad` gets the result all the same."""
+    cache = Cache([60], 8, 2, 8, 0)
+    q = queries([0, 1], 4).requires_grad_()
+    ids = torch.tensor([[[0, 3, 7]] * 2], dtype=torch.int32)
+    out, _ = kernels.block_sparse_attention_paged(
+        q, cache.k_pages, cache.v_pages, cache.page_table, [60], ids, [0, 1], block_size=8
+    )
+    assert not out.requires_grad
+    assert torch.isfinite(out).all()
 
 
 def test_bf16_cache_pages() -> None:

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minim3.kernels.reference import selected_keys_mask
-from minim3.model.batch import ForwardBatch, ForwardRecord
+from minim3.model.batch import ForwardBatch, ForwardRecord, PagedContext
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM as Text
 from minim3.model.decoder import Block
+from minim3.model.layers import RotaryFactors, apply_rotary, rotary_table
 from minim3.model.published import _padding_mask_to_additive_bias
 from tests.tiny_models import media_prompt, random_ids, text_model, vl_model
 
@@ -113,3 +114,33 @@ def test_a_block_is_its_parts(model: Text) -> None:
     gate, up = mlp.gate_proj(flat), mlp.up_proj(flat)
     gate, up = gate.clamp(max=mlp.limit), up.clamp(-mlp.limit, mlp.limit)
     close(mlp(flat), mlp.down_proj(gate * torch.sigmoid(mlp.alpha * gate) * (up + 1)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_the_rotation_of_inference_is_the_rotation(tokens: int, dtype: torch.dtype) -> None:
+    x = torch.randn(tokens, 3, 16, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    for rotary_dim in (4, 8, 16):
+        table = rotary_table(torch.arange(tokens) + 70, rotary_dim, 1e4)
+        before = x.clone()
+        rotated = RotaryFactors.of(table, 16).rotate(x)
+        assert rotated.dtype == dtype
+        assert torch.equal(x, before)
+        assert (rotated - apply_rotary(x, table)).abs().max() <= 1e-6
+
+
+def test_new_tokens_go_to_their_slots() -> None:
+    """The same slots serve K and V of several heads and the one index key, whatever their width and dtype."""
+    slots = [3 * 8 + 7, 8, 9, 2 * 8]
+    context = PagedContext([], torch.zeros(1, 1, dtype=torch.int64), torch.tensor(slots), 8)
+    for pages in (torch.zeros(4, 2, 8, 5), torch.zeros(4, 3, 8, 4, dtype=torch.bfloat16), torch.zeros(4, 2, 8, 3)):
+        new = torch.randn(4, pages.shape[1], pages.shape[3])
+        expected = pages.clone()
+        for token, slot in enumerate(slots):
+            expected[slot // 8, :, slot % 8] = new[token].to(pages.dtype)
+        context.store(pages, new)
+        assert torch.equal(pages, expected)
+    index_pages, index_k = torch.zeros(4, 8, 5), torch.randn(4, 1, 5)
+    context.store(index_pages, index_k)
+    assert torch.equal(index_pages.view(32, 5)[slots], index_k[:, 0])
+    assert int(index_pages.ne(0).any(-1).sum()) == len(slots)

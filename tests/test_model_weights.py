@@ -231,6 +231,24 @@ def assign_others(model: MiniMaxM3SparseForCausalLM) -> None:
     model.load_state_dict(text_model(4).state_dict(), assign=True)
 
 
+def change_gates(model: MiniMaxM3SparseForCausalLM) -> None:
+    moe = model.model.layers[1].block_sparse_moe
+    moe.shared_experts.gate_proj.weight.mul_(3)
+    model.model.layers[0].mlp.up_proj.weight = nn.Parameter(model.model.layers[0].mlp.up_proj.weight * 2)
+
+
+def change_layer_norms(model: MiniMaxM3SparseForCausalLM) -> None:
+    model.model.layers[0].input_layernorm.weight.add_(0.5)
+    model.model.layers[1].post_attention_layernorm.weight = nn.Parameter(torch.full((32,), 0.3))
+    model.model.norm.weight.sub_(0.2)
+
+
+def replace_a_projection(model: MiniMaxM3SparseForCausalLM) -> None:
+    attention = model.model.layers[0].self_attn
+    hidden_size = attention.q_proj.in_features
+    attention.q_proj = nn.Linear(hidden_size, attention.q_proj.out_features, bias=False)
+
+
 def replace_one_parameter(model: MiniMaxM3SparseForCausalLM) -> None:
     attention = model.model.layers[1].self_attn
     attention.v_proj.weight = nn.Parameter(attention.v_proj.weight * 2)
@@ -241,7 +259,11 @@ def cast(model: MiniMaxM3SparseForCausalLM) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [change_weights, change_norms, load_others, assign_others, replace_one_parameter, cast]
+    "change",
+    [
+        change_weights, change_norms, change_gates, change_layer_norms, load_others, assign_others,
+        replace_a_projection, replace_one_parameter, cast,
+    ],
 )
 @pytest.mark.parametrize("again", [False, True])
 def test_a_packed_model_never_runs_on_weights_of_before(

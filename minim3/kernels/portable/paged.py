@@ -130,7 +130,7 @@ def paged_attention(
     if len(requests) == page_table.shape[0] > 1 == len(counts) and max(counts) <= _FEW_TOKENS and (
         padded <= _BATCH_ELEMENTS
     ):  # fmt: skip
-        out, lse = _dense_batch(wide, k, v, cache, page_table, requests, longest, scale)
+        out, lse = _dense_batch(wide, k, v, cache, plan, scale)
         return out.to(q.dtype), lse
     out, lse = torch.empty_like(wide, memory_format=torch.contiguous_format), wide.new_empty(q.shape[:2])
     for r in requests:
@@ -233,29 +233,31 @@ def _masked(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, unused: Ten
 
 
 def _dense_batch(
-    q: Tensor, k: Tensor, v: Tensor, cache: CacheRows, page_table: Tensor, requests: list[Request], longest: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, cache: CacheRows, plan: PagedPlan, scale: float
+) -> tuple[Tensor, Tensor]:
     """All sequences at once, padded to the longest; each has the same number of queries."""
-    count, queries, dim, device = len(requests), requests[0].num_queries, q.shape[-1], q.device
-    logical = torch.arange(-(-longest // cache.tokens), device=device)
-    found = cache.physical(page_table, logical.expand(count, -1))[:, None] + cache.head_starts(device)[:, None]
-    keys, values = (
-        x.index_select(0, found.flatten()).view(count, cache.heads, -1, dim).to(q.dtype) for x in (k, v)
-    )
-    position = torch.arange(keys.shape[2], device=device)
-    last = torch.tensor([r.length - 1 for r in requests], device=device)
-    unused = position > last[:, None]
+    count, queries, dim = len(plan.requests), plan.requests[0].num_queries, q.shape[-1]
     rows = q.view(count, queries, cache.heads, -1, dim).transpose(1, 2)  # [n, Hkv, queries, G, D]
     group = rows.shape[3]
-    if queries == 1:
-        hidden = unused[:, None, None]
-    else:
-        seen = last[:, None] - torch.arange(queries - 1, -1, -1, device=device)
-        hidden = (position > seen.repeat_interleave(group, dim=1)[:, :, None])[:, None]
-    out, lse = _masked(rows.flatten(2, 3), keys, values, hidden, unused[:, None, :, None], scale)
+    found, hidden, unused = plan.once(("dense batch", cache, group), lambda: _dense_tables(cache, plan, group))
+    keys, values = (x.index_select(0, found).view(count, cache.heads, -1, dim).to(q.dtype) for x in (k, v))
+    out, lse = _masked(rows.flatten(2, 3), keys, values, hidden, unused, scale)
     out, lse = (x.unflatten(2, (queries, group)).transpose(1, 2) for x in (out, lse))
     return out.reshape(q.shape), lse.reshape(q.shape[:2])
+
+
+def _dense_tables(cache: CacheRows, plan: PagedPlan, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a dense batch: rows to gather, places hidden `[n, 1, queries * G, s]` and unused `[n, 1, s, 1]`."""
+    count, queries, device = len(plan.requests), plan.requests[0].num_queries, plan.page_table.device
+    longest = max(r.length for r in plan.requests)
+    logical = torch.arange(-(-longest // cache.tokens), device=device)
+    found = cache.physical(plan.page_table, logical.expand(count, -1))[:, None] + cache.head_starts(device)[:, None]
+    position = torch.arange(logical.shape[0] * cache.tokens, device=device)
+    last = torch.tensor([r.length - 1 for r in plan.requests], device=device)
+    unused = position > last[:, None]
+    seen = last[:, None] - torch.arange(queries - 1, -1, -1, device=device)
+    hidden = position > seen.repeat_interleave(group, dim=1)[:, :, None]
+    return found.flatten(), hidden[:, None], unused[:, None, :, None]
 
 
 def _sparse_batch(
