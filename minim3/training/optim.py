@@ -15,7 +15,7 @@ HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
 
 
 def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, Any]]:
-    """AdamW groups by part (indexer, vision, per-head norms, rest) and by decay: matrices decay, embeddings and vectors do not.
+    """AdamW groups by part (indexer, vision, per-head norms, rest) and by decay: matrices decay, the rest does not.
 
     Every group carries its name, the names of its parameters and `lr_scale`, its factor on the scheduled rate.
     """
