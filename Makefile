@@ -10,11 +10,11 @@ MODEL ?=
 
 help:
 	@echo "make demo         draw a picture, ask pocket three questions about it"
-	@echo "make test         lint, types and tests (about 10 minutes on two cores)"
+	@echo "make test         lint, types and tests (a few minutes on two cores)"
 	@echo "make test-all     the long tests too"
 	@echo "make bench        every benchmark that needs no accelerator, as one table"
 	@echo "make eval-pocket  pocket's accuracy by kind of question (JSON last)"
-	@echo "make train-pocket train pocket from nothing (about two hours on two cores)"
+	@echo "make train-pocket train pocket from nothing"
 	@echo "make install      .venv with everything the tests need"
 
 $(VENV)/pyvenv.cfg:
