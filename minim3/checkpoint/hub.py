@@ -1,11 +1,11 @@
 """From what a user names (a folder, a safetensors file, a hub id) to files on this machine."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
 
 from minim3.config import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, load_config
+from minim3.config.files import read_json_object
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights, configs, tokenizer, chat template: nothing executable, nothing pickled.
@@ -48,10 +48,4 @@ def read_generation_config(path: str | Path) -> dict[str, Any] | None:
     file = (path.parent if path.is_file() else path) / "generation_config.json"
     if not file.is_file():
         return None
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{file} holds a {type(raw).__name__}; expected an object")
-    return raw
+    return read_json_object(file)

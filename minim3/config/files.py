@@ -1,4 +1,4 @@
-"""The file config.json itself."""
+"""JSON files of a checkpoint folder, config.json first."""
 
 import json
 from collections.abc import Mapping
@@ -16,6 +16,11 @@ def read_config_dict(path: str | Path) -> dict[str, Any]:
     file = Path(path) / "config.json"
     if not file.is_file():
         raise ValueError(f"{file} does not exist: a checkpoint folder holds config.json beside its safetensors files")
+    return read_json_object(file)
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `ValueError` naming a file that is broken or holds something else."""
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
