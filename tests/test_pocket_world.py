@@ -382,7 +382,9 @@ def test_conversations_alternate_and_show_their_picture_once() -> None:
             assert len(parts) == len(sample.image_indices) == len(group.images)
             assert all([part["type"] for part in content] == ["image", "text"] for content in parts)
     kinds = Counter(sample.kind for sample in samples_of(groups))
-    assert {"picture", "describe", "copy", "lookup", "sum"} <= set(kinds)
+    assert {"picture", "where", "copy", "lookup", "sum"} <= set(kinds)
+    texts = [text_of(message) for sample in samples_of(groups) for message in sample.messages[:-2]]
+    assert not any(text in wordings.DESCRIBE_WORDINGS["left_to_right"] for text in texts), "later answers read it off"
     turns = [sum(len(sample.messages) // 2 for sample in group.samples) for group in groups if group.images]
     assert np.mean(turns) > 7, "a picture carries many questions"
 
@@ -494,16 +496,30 @@ def test_centres_lie_on_the_lattice() -> None:
             assert one.y % world.LATTICE == 0
 
 
+@given(seeds)
+def test_no_two_centres_share_a_cell(seed: int) -> None:
+    """The token of a cell is taught one object: of two, one would be unanswerable."""
+    objects = random_scene(np.random.default_rng(seed), num_objects=6).objects
+    assert len({(one.x // world.CELL, one.y // world.CELL) for one in objects}) == 6
+
+
+def test_where_counts_steps_from_the_top_left_corner() -> None:
+    scene = scene_of(item("red", "circle", 84, 14), item("blue", "star", 21, 63))
+    answers = {questions.where(scene, np.random.default_rng(seed)).answer for seed in range(20)}
+    assert answers == {"12 right, 2 down", "3 right, 9 down"}
+
+
 def test_the_first_lesson_names_the_object_of_each_cell() -> None:
     """Targets in another order than the features would teach the tower that things lie elsewhere."""
     scene = random_scene(np.random.default_rng(3))
-    targets = warmup.cell_targets(scene).view(4, 4, 3)
-    assert int((targets[..., 0] > 0).sum()) == len({(one.x // 28, one.y // 28) for one in scene.objects})
+    targets = warmup.cell_targets(scene).view(4, 4, 5)
+    assert int((targets[..., 0] > 0).sum()) == len(scene.objects)
     largest = max(scene.objects, key=lambda one: one.diameter)
-    colour, shape, size = targets[int(largest.y // 28), int(largest.x // 28)].tolist()
+    colour, shape, size, across, down = targets[int(largest.y // 28), int(largest.x // 28)].tolist()
     assert list(COLOURS)[colour - 1] == largest.colour
     assert SHAPES[shape - 1] == largest.shape
     assert list(SIZES)[size - 1] == largest.size
+    assert (across, down) == (largest.x % 28 / 7, largest.y % 28 / 7)
 
 
 def test_the_first_lesson_teaches_colours_at_once() -> None:

@@ -14,6 +14,7 @@ from minim3.model.batch import ForwardBatch, ForwardRecord
 from minim3.training.config import LossRecipe, OptimRecipe, ScheduleRecipe
 from minim3.training.data import IGNORED, Batch, BatchBuilder
 from minim3.training.loss import ChunkedCrossEntropy, compute_losses, mtp_labels
+from minim3.training.muon import Muon
 from minim3.training.optim import (
     MovingAverage,
     build_optimizer,
@@ -248,7 +249,9 @@ def test_every_parameter_is_in_one_group_and_only_matrices_decay(model: Any) -> 
     for group in groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
             is_vision = name.startswith(("vision_tower", "multi_modal_projector", "patch_merge_mlp"))
-            assert group["lr_scale"] == (3.0 if "index_" in name else 0.5 if is_vision else 1.0), name
+            scale = 3.0 if "index_" in name else 0.5 if is_vision else 1.0
+            assert group["peak_lr"] == scale * recipe.lr, name
+            assert not group["use_muon"]
             exempt = "norm" in name or name.endswith("bias") or "embed_tokens" in name
             assert group["weight_decay"] == (0.0 if exempt else 0.1), name
             assert exempt or parameter.ndim >= 2, name
@@ -258,12 +261,65 @@ def test_the_optimizer_step_is_adamw_with_decoupled_decay() -> None:
     layer = torch.nn.Linear(3, 2)
     start = {name: p.detach().clone() for name, p in layer.named_parameters()}
     optimizer = build_optimizer(layer, OptimRecipe(lr=0.1, weight_decay=0.5, betas=(0.9, 0.99), eps=1e-12))
-    set_learning_rate(optimizer, 0.01)
+    set_learning_rate(optimizer, 0.1)
     for parameter in layer.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()  # the first step of Adam is lr * sign(gradient)
     torch.testing.assert_close(layer.weight.detach(), start["weight"] * (1 - 0.01 * 0.5) - 0.01)
     torch.testing.assert_close(layer.bias.detach(), start["bias"] - 0.01)
+
+
+def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(model: Any) -> None:
+    """Orthogonalising an embedding would move words that the batch never held."""
+    groups = parameter_groups(model, OptimRecipe(kind="muon", lr=1e-3, muon_lr=0.02, vision_lr_scale=0.5))
+    rules = {name: group for group in groups for name in group["param_names"]}
+    assert len(rules) == len(list(model.named_parameters()))
+    for name, group in rules.items():
+        inside = ("proj.weight", "experts.w13", "experts.w2", "fc1.weight", "fc2.weight", "linear_1.weight")
+        outside = ("norm", "bias", "embed", "lm_head", "gate.weight")
+        if name.endswith(inside):
+            assert group["use_muon"], name
+        if any(key in name.rsplit(".layers.", 1)[-1] for key in outside) and not name.endswith("proj.weight"):
+            assert not group["use_muon"], name
+        assert group["peak_lr"] in ((0.02, 0.01) if group["use_muon"] else (1e-3, 0.5e-3)), name
+
+
+def test_a_muon_update_is_orthogonal_for_every_matrix_of_a_stack() -> None:
+    """One norm for a whole stack of experts would let a busy expert silence the others."""
+    torch.manual_seed(0)
+    experts, square, bias = (torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 8, 4), (8, 8), (5,)))
+    start = [parameter.detach().clone() for parameter in (experts, square, bias)]
+    group = {"use_muon": True, "peak_lr": 1.0, "weight_decay": 0.0, "params": [experts, square]}
+    rest = {"use_muon": False, "peak_lr": 1.0, "weight_decay": 0.0, "params": [bias]}
+    optimizer = Muon([group, rest], lr=1.0, betas=(0.9, 0.99), eps=1e-12, momentum=0.95)
+    set_learning_rate(optimizer, 0.1)
+    experts.grad = torch.randn(3, 8, 4) * torch.tensor([1e-3, 1.0, 1e3]).view(3, 1, 1)
+    square.grad, bias.grad = torch.randn(8, 8), torch.ones(5)
+    optimizer.step()
+    moved = [(before - parameter.detach()) / 0.1 for before, parameter in zip(start, (experts, square, bias))]
+    for matrix in moved[0] / 2**0.5:  # twice as many rows as columns
+        assert torch.linalg.svdvals(matrix).min() > 0.5
+        assert torch.linalg.svdvals(matrix).max() < 1.3
+    assert torch.linalg.svdvals(moved[1]).max() < 1.3
+    torch.testing.assert_close(moved[2], torch.ones(5))
+    assert len(optimizer.param_groups) == 2
+
+
+def test_muon_steps_downhill() -> None:
+    """An update of the wrong sign or shape would still be orthogonal."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 12, bias=False)
+    optimizer = build_optimizer(layer, OptimRecipe(kind="muon", muon_lr=0.02, lr=0.0))
+    set_learning_rate(optimizer, 1.0)
+    x = torch.randn(64, 6)
+    losses = []
+    for _ in range(30):
+        loss = torch.nn.functional.mse_loss(layer(x), x.repeat(1, 2))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_the_schedule_warms_up_peaks_and_ends_at_its_fraction() -> None:

@@ -74,6 +74,22 @@ def stop_after(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer.TrainingLog, "end_step", end_step)
 
 
+def test_a_stopped_run_with_muon_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A momentum that is not saved starts again from zero: the run goes on, and ends elsewhere."""
+    monkeypatch.syspath_prepend(str(TESTS))
+    whole, halted = (recipe(tmp_path / name, optim={"kind": "muon", "ema_decay": 0.9}) for name in ("whole", "halted"))
+    train(whole)
+    with monkeypatch.context() as patch:
+        stop_after(2, signal.SIGTERM, patch)
+        assert train(halted).stopped_by == signal.SIGTERM
+    train(halted)
+    first, second = tensors(tmp_path / "whole"), tensors(tmp_path / "halted")
+    assert any(name.startswith("optimizer.momentum.") for name in first)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_saves_and_ends_with_the_same_bits(
     tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, number: int

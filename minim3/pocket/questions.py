@@ -14,8 +14,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from minim3.pocket.wordings import COMPARISON_WORDS, DESCRIBE_WORDINGS, PICTURE_WORDINGS, RELATION_WORDS, Wordings
-from minim3.pocket.world import COLOURS, HELD_OUT_PAIRS, PICTURE_SIZE, SHAPES, SIZES, Scene, SceneObject
+from minim3.pocket.wordings import (
+    COMPARISON_WORDS,
+    DESCRIBE_WORDINGS,
+    PICTURE_WORDINGS,
+    PLACE_WORDINGS,
+    RELATION_WORDS,
+    Wordings,
+)
+from minim3.pocket.world import COLOURS, HELD_OUT_PAIRS, LATTICE, PICTURE_SIZE, SHAPES, SIZES, Scene, SceneObject
 
 T = TypeVar("T")
 
@@ -285,6 +292,16 @@ def place_name(item: SceneObject) -> str:
     row = ("top", "", "bottom")[min(2, int(item.y / third))]
     column = ("left", "", "right")[min(2, int(item.x / third))]
     return f"{row} {column}".strip() or "centre"
+
+
+def where(scene: Scene, rng: np.random.Generator) -> Question | None:
+    """Where an object lies, for training: steps of `LATTICE` pixels to the right and down from the top left corner."""
+    looks = [(look, item) for item in scene.objects for look in _looks([item]) if look.count(scene) == 1]
+    if not looks:
+        return None
+    look, item = _pick(rng, looks)
+    text = _pick(rng, list(PLACE_WORDINGS)).format(the=f"the {look.words()}")
+    return Question("where", "where", text, f"{item.x / LATTICE:.0f} right, {item.y / LATTICE:.0f} down")
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> Question:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from minim3.pocket.questions import KINDS, Question, ask, describe
+from minim3.pocket.questions import KINDS, Question, ask, describe, where
 from minim3.pocket.text_tasks import TEXT_KINDS, ask_lookups, ask_text, small_talk
 from minim3.pocket.world import MAX_OBJECTS, Scene, draw, random_scene
 
@@ -28,8 +28,9 @@ KIND_WEIGHTS = {
     "count_of": 1.8,
     "exists": 1.3,
     "relation": 3.5,
+    "where": 1.5,
 }
-TEXT_WEIGHTS = {"copy": 0.28, "lookup": 0.28, "sum": 0.4, "small_talk": 0.04}
+TEXT_WEIGHTS = {"copy": 0.22, "lookup": 0.34, "sum": 0.4, "small_talk": 0.04}
 # Conversations of a text group, and the most turns one of them has.
 TEXT_GROUPS = {"copy": (6, 1), "lookup": (2, 8), "sum": (5, 8), "small_talk": (4, 3)}
 # Scenes of 1 to 6 objects: a full one answers more questions.
@@ -60,18 +61,18 @@ class Group:
 class PocketSource:
     """The training stream. Iterating starts at group `start` and takes every `stride`-th one, without end.
 
-    `descriptions_per_picture` conversations list all objects, which supervises every attribute at once;
-    `single_turn_fraction` of the others hold one question, the rest two to six. `text_fraction` is the share of groups
-    that hold text tasks; with the defaults, where a text group is about as long as a picture group, also about the
-    share of tokens.
+    `single_turn_fraction` of the conversations hold one question, the rest two to ten. `descriptions_per_picture` of
+    them end with a list of all objects, which supervises every attribute at once (at the end: later answers could be
+    read off it instead of the picture). `text_fraction` is the share of groups that hold text tasks; with the
+    defaults, where a text group is about as long as a picture group, also about the share of tokens.
     """
 
     seed: int = 0
     start: int = 0
     stride: int = 1
-    questions_per_picture: int = 12
+    questions_per_picture: int = 14
     descriptions_per_picture: int = 2
-    single_turn_fraction: float = 0.4
+    single_turn_fraction: float = 0.3
     text_fraction: float = 0.3
     kind_weights: Mapping[str, float] = field(default_factory=lambda: dict(KIND_WEIGHTS))
     text_weights: Mapping[str, float] = field(default_factory=lambda: dict(TEXT_WEIGHTS))
@@ -79,7 +80,7 @@ class PocketSource:
 
     def __post_init__(self) -> None:
         for name, weights, known in (
-            ("kind_weights", self.kind_weights, KINDS),
+            ("kind_weights", self.kind_weights, (*KINDS, "where")),
             ("text_weights", self.text_weights, (*TEXT_KINDS, "small_talk")),
         ):
             unknown = sorted(set(weights) - set(known))
@@ -102,22 +103,25 @@ class PocketSource:
     def _picture_group(self, rng: np.random.Generator) -> Group:
         scene = random_scene(rng, num_objects=int(rng.choice(MAX_OBJECTS, p=OBJECT_COUNT_WEIGHTS)) + 1)
         questions = self._questions(scene, rng)
-        samples = []
+        conversations = []
         # Some questions stand alone, as in evaluation; the others share conversations, which costs fewer tokens.
         while questions:
-            num_turns = 1 if rng.random() < self.single_turn_fraction else int(rng.integers(2, 7))
-            samples.append(self._conversation(questions[:num_turns], rng, picture=True))
+            num_turns = 1 if rng.random() < self.single_turn_fraction else int(rng.integers(2, 11))
+            conversations.append(questions[:num_turns])
             questions = questions[num_turns:]
-        for _ in range(self.descriptions_per_picture):
-            samples.append(self._conversation([describe(scene, rng)], rng, picture=True))
-        return Group(samples, [draw(scene)])
+        for number in range(self.descriptions_per_picture):
+            if number == len(conversations):
+                conversations.append([])
+            conversations[number].append(describe(scene, rng))
+        return Group([self._conversation(turns, rng, picture=True) for turns in conversations], [draw(scene)])
 
     def _questions(self, scene: Scene, rng: np.random.Generator) -> list[Question]:
         kinds = list(self.kind_weights)
         weights = np.array([self.kind_weights[kind] for kind in kinds])
         questions: dict[str, Question] = {}
         for number in rng.choice(len(kinds), size=4 * self.questions_per_picture, p=weights / weights.sum()).tolist():
-            question = ask(scene, kinds[number], rng)
+            kind = kinds[number]
+            question = where(scene, rng) if kind == "where" else ask(scene, kind, rng)
             # One question per text; how many objects there are is asked once, however it is worded.
             key = "count" if question and question.kind == "count" else question.text if question else ""
             if question is not None and key not in questions:

@@ -4,9 +4,10 @@
 
 A vision tower learns slowly from short answers alone: a picture gives it a handful of target tokens, and until it
 distinguishes anything they teach it nothing. Here every placeholder feature is asked directly for the colour, the
-shape and the size of the object whose centre lies in its cell. The rows of the three heads are the text model's own
-embeddings of those words, so the features come to stand beside them: that of a red star is near `red` plus `star`. The
-checkpoint written at the end (the rest of the text part as it was drawn) is what `recipes/pocket.yaml` starts from.
+shape and the size of the object whose centre lies in its cell, and for where in the cell that centre lies. The rows
+of the first three heads are the text model's own embeddings of those words, so the features come to stand beside them:
+that of a red star is near `red` plus `star`. The checkpoint written at the end (the rest of the text part as it was
+drawn) is what `recipes/pocket_text.yaml` starts from.
 """
 
 import argparse
@@ -24,13 +25,16 @@ from torch.nn import functional as F
 from minim3.config import MiniMaxM3VLConfig
 from minim3.model.causal_lm import MiniMaxM3SparseForConditionalGeneration
 from minim3.pocket.source import WARMUP_STREAM
-from minim3.pocket.world import COLOURS, PICTURE_SIZE, SHAPES, SIZES, Scene, draw, random_scene
+from minim3.pocket.world import CELL, COLOURS, LATTICE, PICTURE_SIZE, SHAPES, SIZES, Scene, draw, random_scene
 from minim3.processing.image import MiniMaxM3VLImageProcessor
 from minim3.processing.processor import MiniMaxM3VLProcessor
 from minim3.processing.tokenizer import Tokenizer
+from minim3.training.config import OptimRecipe, ScheduleRecipe
+from minim3.training.optim import build_optimizer, schedule_factor, set_learning_rate
 
-CELL = 28  # pixels a placeholder token covers on each side
 ATTRIBUTES = (tuple(COLOURS), SHAPES, tuple(SIZES))
+NUM_PLACES = CELL // LATTICE  # on each side of a cell. Which cell it is, a tower of relative positions cannot tell
+PLACE_WEIGHT = 0.5
 EMPTY_WEIGHT = 0.3  # most cells are empty
 EMBEDDING_STD = 0.5
 # Normed queries and keys of 32 channels meet in logits of at most 5.7 (32 ** 0.5), too blunt to single a token out of a
@@ -77,21 +81,21 @@ class AttributeHead(nn.Module):
 
 
 def cell_targets(scene: Scene) -> Tensor:
-    """int64 `[cells, 3]`: indices of colour, shape and size of the object centred in each cell, 0 where there is none.
-
-    Of two objects in a cell the larger one counts.
-    """
+    """int64 `[cells, 5]`: of the object centred in each cell, indices of colour, shape and size, and where in the cell
+    its centre lies, in steps of `LATTICE` from the left and from the top; 0 where there is none."""
     columns = PICTURE_SIZE // CELL
-    targets = torch.zeros(columns * columns, len(ATTRIBUTES), dtype=torch.int64)
-    for item in sorted(scene.objects, key=lambda item: item.diameter):
+    targets = torch.zeros(columns * columns, len(ATTRIBUTES) + 2, dtype=torch.int64)
+    for item in scene.objects:
         cell = int(item.y // CELL) * columns + int(item.x // CELL)
         names = (item.colour, item.shape, item.size)
-        targets[cell] = torch.tensor([known.index(name) + 1 for known, name in zip(ATTRIBUTES, names)])
+        indices = [known.index(name) + 1 for known, name in zip(ATTRIBUTES, names)]
+        places = [int(centre) // LATTICE % NUM_PLACES for centre in (item.x, item.y)]
+        targets[cell] = torch.tensor(indices + places)
     return targets
 
 
 def batches(processor: MiniMaxM3VLImageProcessor, seed: int, num_pictures: int) -> Iterator[tuple[Tensor, ...]]:
-    """Patches, grids and targets `[num_pictures * cells, 3]` of fresh pictures, without end."""
+    """Patches, grids and targets `[num_pictures * cells, 5]` of fresh pictures, without end."""
     step = 0
     while True:
         rng = np.random.default_rng([WARMUP_STREAM, seed, step])
@@ -104,17 +108,27 @@ def batches(processor: MiniMaxM3VLImageProcessor, seed: int, num_pictures: int) 
 
 def warm_up(
     model: MiniMaxM3SparseForConditionalGeneration, processor: MiniMaxM3VLProcessor, *, steps: int = 800,
-    num_pictures: int = 48, lr: float = 2e-3, seed: int = 0, log_every_steps: int = 25,
+    num_pictures: int = 48, lr: float = 2e-3, muon_lr: float = 0.01, seed: int = 0, log_every_steps: int = 25,
 ) -> None:  # fmt: skip
-    """Train tower and projectors of `model` in place: AdamW, linear warm-up over 5% of the steps, cosine to 0."""
+    """Train tower and projectors of `model` in place: Muon, linear warm-up over 5% of the steps, cosine to 0."""
     heads = nn.ModuleList([AttributeHead(model, processor.tokenizer, words) for words in ATTRIBUTES])
+    places = nn.ModuleList([nn.Linear(model.text_config.hidden_size, NUM_PLACES) for _ in range(2)])
     images = processor.image_processor
     assert images is not None
-    parts = (model.vision_tower, model.multi_modal_projector, model.patch_merge_mlp, heads)
-    parameters = [parameter for part in parts for parameter in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.05, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05)
-    right, seen, started = torch.zeros(len(ATTRIBUTES)), 0, time.monotonic()
+    pupils = nn.ModuleDict(
+        {
+            "vision_tower": model.vision_tower,
+            "multi_modal_projector": model.multi_modal_projector,
+            "patch_merge_mlp": model.patch_merge_mlp,
+            "lm_head": nn.ModuleList([heads, places]),
+        }
+    )
+    parameters = list(pupils.parameters())
+    schedule = ScheduleRecipe("cosine", warmup_steps=max(1, steps // 20))
+    optimizer = build_optimizer(
+        pupils, OptimRecipe(kind="muon", lr=lr, muon_lr=muon_lr, betas=(0.9, 0.98), weight_decay=0.05)
+    )
+    right, seen, started = torch.zeros(len(ATTRIBUTES) + 2), 0, time.monotonic()
     for step, (pixels, grids, targets) in zip(range(1, steps + 1), batches(images, seed, num_pictures)):
         features = model.get_image_features(pixels, grids)
         loss = features.new_zeros(())
@@ -125,17 +139,22 @@ def warm_up(
             weight[0] = EMPTY_WEIGHT
             loss = loss + F.cross_entropy(logits, target, weight)
             right[number] += (logits.argmax(-1) == target)[occupied].sum()
+        for number, head in enumerate(places, start=len(heads)):
+            logits, target = head(features[occupied]), targets[occupied, number]
+            loss = loss + PLACE_WEIGHT * F.cross_entropy(logits, target)
+            right[number] += (logits.argmax(-1) == target).sum()
         seen += int(occupied.sum())
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        set_learning_rate(optimizer, schedule_factor(step - 1, steps, schedule))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        schedule.step()
         if step % log_every_steps == 0 or step == steps:
-            colour, shape, size = (right / max(1, seen)).tolist()
+            colour, shape, size, across, down = (right / max(1, seen)).tolist()
             print(
                 f"step {step}/{steps} loss {loss.item():.3f} objects right: colour {colour:.3f} shape {shape:.3f} "
-                f"size {size:.3f} features {features.detach().std():.2f} {time.monotonic() - started:.0f} s",
+                f"size {size:.3f} across {across:.3f} down {down:.3f} features {features.detach().std():.2f} "
+                f"{time.monotonic() - started:.0f} s",
                 file=sys.stderr, flush=True,
             )  # fmt: skip
             right.zero_()

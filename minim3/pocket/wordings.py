@@ -151,6 +151,14 @@ COMPARISON_WORDS = {
     "below": ("lower", "further down"),
 }
 
+# Where one object lies: trained, not scored. What two objects are compared by must first be read off each of them.
+PLACE_WORDINGS = (
+    "Where is {the}?",
+    "Where do you see {the}?",
+    "Tell me where {the} is.",
+    "Look at {the}. Where is it?",
+)
+
 # Lists of everything in the picture: trained for their dense signal, not scored.
 DESCRIBE_WORDINGS: dict[str, tuple[str, ...]] = {
     "left_to_right": (

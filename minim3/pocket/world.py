@@ -7,6 +7,7 @@ What makes a picture unambiguous, for a person as for a model:
   * the three sizes lie far apart (14-16, 24-26 and 36-38 pixels across);
   * boxes of objects keep a gap of `MIN_GAP` pixels, and no two centres share a row or a column: they lie on a lattice
     of `LATTICE` pixels, half a patch, which also spares a small vision tower from learning every shift of every shape;
+  * no two centres lie in one cell of `CELL` pixels, what a placeholder token stands for: a token speaks of one object;
   * backgrounds are pale or dark and hardly saturated, objects are saturated, and the two lie about `MIN_CONTRAST` or
     more apart in RGB (black and white: 442).
 """
@@ -22,6 +23,7 @@ PICTURE_SIZE = 112
 MAX_OBJECTS = 6
 MIN_GAP = 3
 LATTICE = 7
+CELL = 28  # pixels a placeholder token covers on each side
 MIN_CONTRAST = 95.0
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
@@ -164,7 +166,12 @@ def _place(rng: np.random.Generator, sizes: np.ndarray) -> list[tuple[int, int, 
 def _clear(left: int, top: int, diameter: int, left2: int, top2: int, diameter2: int) -> bool:
     dx = abs(2 * left + diameter - 2 * left2 - diameter2) / 2
     dy = abs(2 * top + diameter - 2 * top2 - diameter2) / 2
-    return max(dx, dy) >= (diameter + diameter2) / 2 + MIN_GAP and min(dx, dy) > 0
+    cell, cell2 = _cell(left, top, diameter), _cell(left2, top2, diameter2)
+    return max(dx, dy) >= (diameter + diameter2) / 2 + MIN_GAP and min(dx, dy) > 0 and cell != cell2
+
+
+def _cell(left: int, top: int, diameter: int) -> tuple[int, int]:
+    return (left + diameter // 2) // CELL, (top + diameter // 2) // CELL
 
 
 def _random_background(rng: np.random.Generator) -> Background:

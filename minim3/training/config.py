@@ -86,9 +86,16 @@ class LossRecipe:
 
 @dataclass(frozen=True)
 class OptimRecipe:
-    """AdamW, and what moves weights outside of it (router bias, exponential moving average)."""
+    """AdamW or Muon, and what moves weights outside of it (router bias, exponential moving average).
 
+    kind "muon": matrices inside layers move by Muon at rate `muon_lr`, everything else by AdamW at rate `lr`. Both
+    rates follow the schedule, and the `*_lr_scale` factors hold for both.
+    """
+
+    kind: Literal["adamw", "muon"] = "adamw"
     lr: float = 1e-3
+    muon_lr: float = 0.02
+    muon_momentum: float = 0.95
     betas: tuple[float, ...] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0

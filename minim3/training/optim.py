@@ -1,23 +1,27 @@
-"""How weights move: AdamW in groups, the learning-rate schedule, the router bias, the moving average."""
+"""How weights move: AdamW or Muon in groups, the learning-rate schedule, the router bias, the moving average."""
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from minim3.model.moe import MiniMaxM3MoE
 from minim3.training.config import OptimRecipe, ScheduleRecipe
+from minim3.training.muon import Muon
 
 INDEXER, VISION = ".indexer.", ("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
+OUTSIDE_LAYERS = ("embed_tokens", "lm_head", "patch_embedding", ".gate.weight")
 HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
 
 
 def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, Any]]:
-    """AdamW groups by part (indexer, vision, per-head norms, rest) and by decay: matrices decay, the rest does not.
+    """Groups by part (indexer, vision, per-head norms, rest), by decay (matrices decay, the rest does not) and by rule.
 
-    Every group carries its name, the names of its parameters and `lr_scale`, its factor on the scheduled rate.
+    Every group carries its name, the names of its parameters, `use_muon` and `peak_lr`, the rate the schedule scales.
+    Muon moves matrices that map activations to activations; embeddings, head, router and the first layer of the vision
+    tower, whose rows mean something by themselves, stay with AdamW.
     """
     scales = {
         "indexer": recipe.indexer_lr_scale,
@@ -25,7 +29,7 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, An
         "head_norms": recipe.head_norm_lr_scale,
         "text": 1.0,
     }
-    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    groups: dict[tuple[str, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -37,13 +41,15 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, An
         elif name.endswith(HEAD_NORMS):
             part = "head_norms"
         decays = parameter.ndim >= 2 and "embed_tokens" not in name
+        use_muon = recipe.kind == "muon" and parameter.ndim >= 2 and not any(key in name for key in OUTSIDE_LAYERS)
         group = groups.setdefault(
-            (part, decays),
+            (part, decays, use_muon),
             {
                 "params": [],
                 "param_names": [],
-                "name": f"{part}_{'decay' if decays else 'no_decay'}",
-                "lr_scale": scales[part],
+                "name": f"{part}_{'muon' if use_muon else 'decay' if decays else 'no_decay'}",
+                "use_muon": use_muon,
+                "peak_lr": (recipe.muon_lr if use_muon else recipe.lr) * scales[part],
                 "weight_decay": recipe.weight_decay if decays else 0.0,
             },
         )
@@ -53,11 +59,12 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, recipe: OptimRecipe) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, in its fused form: one pass over the memory of every parameter."""
-    first, second = recipe.betas
-    return torch.optim.AdamW(
-        parameter_groups(model, recipe), lr=recipe.lr, betas=(first, second), eps=recipe.eps, fused=True
-    )
+    """The recipe's optimizer over `parameter_groups`. AdamW is fused: one pass over the memory of every parameter."""
+    groups = parameter_groups(model, recipe)
+    betas = cast(tuple[float, float], recipe.betas)
+    if recipe.kind == "muon":
+        return Muon(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, momentum=recipe.muon_momentum)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=betas, eps=recipe.eps, fused=True)
 
 
 def schedule_factor(step: int, steps: int, recipe: ScheduleRecipe) -> float:
@@ -71,9 +78,10 @@ def schedule_factor(step: int, steps: int, recipe: ScheduleRecipe) -> float:
     return recipe.final_fraction + (1 - recipe.final_fraction) * remaining
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Every group at `factor` (see `schedule_factor`) of its own peak."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["lr_scale"]
+        group["lr"] = factor * group["peak_lr"]
 
 
 def moe_layers(model: nn.Module) -> list[MiniMaxM3MoE]:

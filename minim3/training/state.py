@@ -28,6 +28,7 @@ from minim3.training.optim import MovingAverage
 
 TENSORS, METADATA = "state.safetensors", "state.json"
 FORMAT_VERSION = 1
+OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq", "momentum")  # of AdamW and of Muon
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,8 @@ class TrainingState:
         names = _names_of_parameters(self.optimizer)
         stepped = [parameter for parameter in names if parameter in self.optimizer.state]
         for parameter in stepped:
-            state = self.optimizer.state[parameter]
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                tensors[f"optimizer.{key}.{names[parameter]}"] = state[key]
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer.{key}.{names[parameter]}"] = value
         if self.average is not None:
             tensors.update({f"average.{name}": value for name, value in self.average.averages.items()})
         tensors["random.cpu"] = torch.get_rng_state()
@@ -70,10 +70,10 @@ class TrainingState:
             place.copy_(tensors.pop(name))
         self.optimizer.state.clear()
         for parameter, name in _names_of_parameters(self.optimizer).items():
-            keys = {key: f"optimizer.{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
-            if keys["step"] in tensors:
-                moments = {key: tensors.pop(keys[key]).to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": tensors.pop(keys["step"]).to(parameter.device), **moments}
+            saved = {key: f"optimizer.{key}.{name}" for key in OPTIMIZER_STATE}
+            held = {key: tensors.pop(full).to(parameter.device) for key, full in saved.items() if full in tensors}
+            if held:
+                self.optimizer.state[parameter] = held
         torch.set_rng_state(tensors.pop("random.cpu"))
         cuda_state = tensors.pop("random.cuda", None)
         if cuda_state is not None and torch.cuda.is_available():

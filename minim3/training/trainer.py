@@ -86,7 +86,7 @@ def train(recipe: TrainingConfig, *, resume: bool = True) -> TrainingResult:
             log.batch_arrived()
 
             factor = schedule_factor(step, recipe.steps, recipe.schedule)
-            set_learning_rate(optimizer, recipe.optim.lr * factor)
+            set_learning_rate(optimizer, factor)
             losses = compute_losses(model, batch, recipe.loss.at_step(step))
             losses.total.backward()
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.optim.clip_norm, foreach=True)
