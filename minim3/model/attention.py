@@ -21,6 +21,7 @@ from minim3.model.layers import (
     RotaryFactors,
     apply_rotary,
     at_least_fp32,
+    pack_linears,
 )
 from minim3.model.padding import run_packed
 
@@ -256,7 +257,7 @@ class PackedProjection:
         self.num_normed = sum(self.heads)
         projections = _children(attention, _PROJECTIONS)
         reuse = known is not None and known.linears.holds(projections)
-        self.linears: PackedLinears = known.linears if known is not None and reuse else PackedLinears(projections)
+        self.linears: PackedLinears = known.linears if known is not None and reuse else pack_linears(projections)
         self.scale = PackedScale(_children(attention, _NORMS), self.heads)
 
     def is_current(self, attention: MiniMaxM3Attention) -> bool:

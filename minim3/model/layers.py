@@ -17,7 +17,7 @@ from minim3.kernels.reference import swiglu_oai
 
 __all__ = [
     "MiniMaxM3MLP", "MiniMaxM3RMSNorm", "PackedLinears", "PackedScale", "RotaryFactors", "apply_rotary",
-    "at_least_fp32", "rotary_table", "swiglu_oai",
+    "at_least_fp32", "pack_linears", "rotary_table", "swiglu_oai",
 ]  # fmt: skip
 
 
@@ -54,6 +54,12 @@ class PackedLinears:
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., all rows]`, the outputs of the projections side by side."""
         return F.linear(x, self.weight)
+
+
+def pack_linears(projections: Sequence[nn.Module]) -> Any:
+    """The one product of these projections: `PackedLinears`, or what takes its place for weights in another format."""
+    own = getattr(projections[0], "pack_with", None)
+    return PackedLinears(projections) if own is None else own(projections)  # type: ignore[arg-type]
 
 
 class PackedScale:
@@ -199,7 +205,7 @@ class MiniMaxM3MLP(nn.Module):
     def pack_for_inference(self) -> None:
         """Make gate and up views of one weight, so that inference takes one product for both."""
         if self._packed is None or not self._packed.holds([self.gate_proj, self.up_proj]):
-            self._packed = PackedLinears([self.gate_proj, self.up_proj])
+            self._packed = pack_linears([self.gate_proj, self.up_proj])
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., hidden]` -> `[..., hidden]`."""

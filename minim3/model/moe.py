@@ -82,11 +82,20 @@ def _undo_below_fp32(before: Tensor, after: Tensor) -> Tensor:
 class MiniMaxM3Experts(nn.Module):
     """All routed experts: `w13` `[experts, 2 * width, H]` (gate rows, then up rows) and `w2` `[experts, H, width]`."""
 
-    def __init__(self, config: MiniMaxM3VLTextConfig) -> None:
+    def __init__(self, config: MiniMaxM3VLTextConfig, backend: str | None = None) -> None:
         super().__init__()
         experts, width, hidden = config.num_local_experts, config.intermediate_size, config.hidden_size
+        self.backend = backend
+        self.alpha, self.limit, self.beta = config.swiglu_alpha, config.swiglu_limit, config.swiglu_beta
         self.w13 = nn.Parameter(torch.empty(experts, 2 * width, hidden))
         self.w2 = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+        """Weighted sum of each token's experts: `x` `[T, H]`, ids and weights `[T, top_k]` -> `[T, H]`."""
+        return kernels.grouped_experts(
+            x, self.w13, self.w2, expert_ids, expert_weights,
+            alpha=self.alpha, limit=self.limit, beta=self.beta, implementation=self.backend,
+        )  # fmt: skip
 
 
 class MiniMaxM3MoE(nn.Module):
@@ -102,18 +111,16 @@ class MiniMaxM3MoE(nn.Module):
         derived = build_moe_config(config)
         if moe_config is not None and moe_config != build_moe_config(config, moe_config.dtype):
             raise ValueError(f"moe_config {moe_config} disagrees with the config, which says {derived}: pass None")
-        self.backend = backend
         self.num_experts_per_tok = config.num_experts_per_tok
         self.routed_scaling_factor = config.routed_scaling_factor
         self.scoring_func = config.scoring_func
-        self.alpha, self.limit, self.beta = config.swiglu_alpha, config.swiglu_limit, config.swiglu_beta
         self.gate = MiniMaxM3Router(config.num_local_experts, config.hidden_size)
         self.e_score_correction_bias: Tensor | None
         self.register_buffer(
             "e_score_correction_bias",
             torch.zeros(config.num_local_experts, dtype=torch.float32) if config.use_routing_bias else None,
         )
-        self.experts = MiniMaxM3Experts(config)
+        self.experts = MiniMaxM3Experts(config, backend)
         self.shared_experts = (
             MiniMaxM3MLP(config, config.shared_intermediate_size * config.n_shared_experts, backend)
             if config.n_shared_experts
@@ -144,10 +151,7 @@ class MiniMaxM3MoE(nn.Module):
             record.router_logits.append(logits)
         if record is not None and record.expert_ids is not None:
             record.expert_ids.append(expert_ids)
-        out = kernels.grouped_experts(
-            flat, self.experts.w13, self.experts.w2, expert_ids, weights,
-            alpha=self.alpha, limit=self.limit, beta=self.beta, implementation=self.backend,
-        )  # fmt: skip
+        out = self.experts(flat, expert_ids, weights)
         if self.shared_experts is not None:
             out = out + self.shared_experts(flat)
         return out.view(x.shape)
