@@ -7,6 +7,7 @@ import torch
 from minim3 import checkpoint
 from minim3.config import MiniMaxM3VLTextConfig
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration, weight_dtype
+from minim3.model.quantization import Quantization
 from minim3.processing.processor import MiniMaxM3VLProcessor
 
 POCKET = Path(__file__).parent / "pocket" / "weights"
@@ -17,6 +18,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
     *,
+    quantization: str | Quantization | None = None,
     require_tokenizer: bool = False,
 ) -> tuple[MiniMaxM3SparseForConditionalGeneration | MiniMaxM3SparseForCausalLM, MiniMaxM3VLProcessor]:
     """Load a checkpoint (a folder or a hub id; None: pocket, the model that ships with minim3) and its processor.
@@ -24,6 +26,8 @@ def load(
     dtype: of the weights, or its name. None: what the config names on an accelerator; fp32 on a CPU, where bf16
     arithmetic is emulated and several times slower. device: None is the CPU. The model is in evaluation mode, of class
     `MiniMaxM3SparseForConditionalGeneration`, or `MiniMaxM3SparseForCausalLM` for a text-only checkpoint.
+    quantization: "int8", "int4" or "mxfp8" holds the weights of projections and experts in that format, for inference
+    (docs/weights.md); a `Quantization` chooses more.
     Weights without a tokenizer load too, with a processor for media alone, unless `require_tokenizer`.
     Raises ValueError for a folder that is no whole checkpoint, with what is missing.
     """
@@ -34,4 +38,5 @@ def load(
     text_only = isinstance(checkpoint.read_config(folder), MiniMaxM3VLTextConfig)
     model_class = MiniMaxM3SparseForCausalLM if text_only else MiniMaxM3SparseForConditionalGeneration
     processor = MiniMaxM3VLProcessor.from_pretrained(folder, require_tokenizer=require_tokenizer)
-    return model_class.from_pretrained(folder, dtype=dtype, device=device), processor
+    model = model_class.from_pretrained(folder, dtype=dtype, device=device, quantization=quantization)
+    return model, processor

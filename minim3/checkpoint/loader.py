@@ -2,12 +2,16 @@
 
 First everything is planned from names and shapes alone, so that a checkpoint that does not fit is refused before a byte
 of it is read. Then each tensor goes from the memory map straight into its parameter (or its slice of the stacked
-experts): besides the parameters themselves at most one dequantized tensor is held.
+experts): besides the parameters themselves at most one dequantized tensor is held. A `WeightSink` in the place of a
+parameter is given its tensors one at a time, to keep them in a form of its own.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +29,20 @@ from minim3.checkpoint.progress import ByteProgress
 from minim3.checkpoint.reader import CheckpointReader
 
 _NAMED = 8  # names of each kind that an error lists before it counts the rest
+
+
+class WeightSink(Protocol):
+    """Takes a weight of `shape` in pieces: whole, an expert at a time, or half of the rows of an expert at a time."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def keeps_mxfp8(self) -> bool:
+        """Whether MXFP8 pieces are wanted as they are stored, with their scales."""
+
+    def put(self, place: Placement, weight: Tensor, scales: Tensor | None = None) -> None:
+        """Take one piece: a view of the memory map, which must be copied to be kept."""
 
 
 @dataclass
@@ -87,6 +105,13 @@ class LoadPlan:
     twice: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+
+    def in_order_of_parameters(self) -> list[tuple[str, list[tuple[Placement, LoadTarget]]]]:
+        """The moves with the pieces of a parameter one after another: a sink has few of them to keep at a time."""
+        order = {name: i for i, name in enumerate(dict.fromkeys(p.name for m in self.moves.values() for p, _ in m))}
+        return sorted(
+            self.moves.items(), key=lambda item: [(order[p.name], p.expert or 0, p.half or 0) for p, _ in item[1]]
+        )
 
     def check(self, path: Path) -> None:
         """Raises one `ValueError` with all that is wrong."""
@@ -163,17 +188,22 @@ def load_into(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     text_only: bool = False,
+    sinks: Mapping[str, WeightSink] | None = None,
 ) -> list[str]:
     """Fills every parameter and persistent buffer of `model` from a local checkpoint folder or safetensors file.
 
     Parameters on the meta device are allocated on `device` in `dtype` (None: the dtype that the checkpoint stores its
     token embedding in), the router's in at least fp32; parameters that exist are filled in place and keep their dtype.
-    `text_only` loads the text part of a vision-language checkpoint (or a text-only one) into a text model.
+    `text_only` loads the text part of a vision-language checkpoint (or a text-only one) into a text model. `sinks` take
+    the weights of these names, which are then no parameters of `model`.
 
     Returns the keys that `text_only` skipped. Raises `ValueError` naming every key that is missing, unknown or of the
     wrong shape, before anything is loaded.
     """
+    sinks = sinks or {}
     targets = find_targets(model)
+    for name in sinks:
+        targets[name] = LoadTarget(torch.empty(sinks[name].shape, device="meta"), names=[name])
     with CheckpointReader(path) as reader:
         plan = plan_loading(reader, targets, text_only)
         plan.check(reader.path)
@@ -182,9 +212,17 @@ def load_into(
             dtype = reader.dtype(embedding[0] if embedding else next(iter(plan.moves)))
         with torch.no_grad(), ByteProgress(f"Loading {reader.path.name}", reader.num_bytes()) as progress:
             filled: dict[int, str] = {}
-            for key, moves in plan.moves.items():
-                tensor = reader.read(key)
+            for key, moves in plan.in_order_of_parameters() if sinks else plan.moves.items():
+                tensor = None
                 for place, target in moves:
+                    sink = sinks.get(place.name)
+                    if sink is not None and sink.keeps_mxfp8 and reader.is_quantized(key):
+                        _pour(key, sink, place, *reader.read_mxfp8(key))
+                        continue
+                    tensor = reader.read(key) if tensor is None else tensor
+                    if sink is not None:
+                        _pour(key, sink, place, tensor)
+                        continue
                     router = is_router(place.name) and dtype != torch.float64
                     target.materialise(torch.float32 if router else dtype, device)
                     view, part = place.of_parameter(target.tensor), place.of_key(tensor)
@@ -192,6 +230,23 @@ def load_into(
                     if first != place.name and not torch.equal(view, part.to(view)):
                         raise ValueError(f"{key} differs from {first}, but the model ties the two")
                     view.copy_(part)
-                progress.advance(tensor.nbytes)
+                progress.advance(math.prod(reader.shape(key)) * reader.dtype(key).itemsize)
                 del tensor
     return plan.skipped
+
+
+def _pour(key: str, sink: WeightSink, place: Placement, weight: Tensor, scales: Tensor | None = None) -> None:
+    try:
+        sink.put(place, place.of_key(weight), None if scales is None else place.of_key(scales))
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+
+
+def mxfp8_parameters(path: str | Path) -> set[str]:
+    """Names of the parameters that a checkpoint stores as MXFP8 through and through, without the prefix of text."""
+    names: dict[bool, set[str]] = {True: set(), False: set()}
+    with CheckpointReader(path) as reader:
+        for key in reader:
+            for place in placements(key.removeprefix(TEXT_PREFIX)):
+                names[reader.is_quantized(key)].add(place.name)
+    return names[True] - names[False]

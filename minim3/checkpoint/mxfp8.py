@@ -18,7 +18,7 @@ def num_scales(num_inputs: int) -> int:
     return -(-num_inputs // BLOCK_SIZE)
 
 
-def _scale_blocks(values: Tensor, factors: Tensor) -> None:
+def scale_blocks(values: Tensor, factors: Tensor) -> None:
     """Multiplies each block of 32 along the last axis by its factor, in place: the one temporary is the factors."""
     whole = values.shape[-1] // BLOCK_SIZE * BLOCK_SIZE
     if whole:
@@ -27,7 +27,7 @@ def _scale_blocks(values: Tensor, factors: Tensor) -> None:
         values[..., whole:].mul_(factors[..., whole // BLOCK_SIZE :])
 
 
-def _power_of_two(exponent: Tensor) -> Tensor:
+def power_of_two(exponent: Tensor) -> Tensor:
     """Exactly 2**exponent in fp32 for exponents -127..127 (2**-127 is subnormal, which exp2 need not get right)."""
     return torch.ldexp(torch.full_like(exponent, 0.5, dtype=torch.float32), exponent + 1)
 
@@ -53,7 +53,7 @@ def dequantize_mxfp8(weight: Tensor, scale_inv: Tensor, dtype: torch.dtype = tor
         where = (scale_inv == SCALE_NAN).nonzero()[0].tolist()
         raise ValueError(f"MXFP8 scale at {where} is {SCALE_NAN}, which stands for NaN")
     out = weight.to(torch.float32)
-    _scale_blocks(out, _power_of_two(scale_inv.to(torch.int32) - SCALE_BIAS))
+    scale_blocks(out, power_of_two(scale_inv.to(torch.int32) - SCALE_BIAS))
     return out.to(dtype)
 
 
@@ -75,6 +75,6 @@ def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
     # frexp: amax = m * 2**e with 0.5 <= m < 1, so floor(log2(amax)) = e - 1. A block of zeros takes the smallest scale.
     exponent = torch.frexp(amax).exponent - 1 - E4M3_MAX_EXPONENT
     exponent = torch.where(amax == 0, -SCALE_BIAS, exponent).clamp_(-SCALE_BIAS, SCALE_BIAS)
-    _scale_blocks(values, _power_of_two(-exponent))
+    scale_blocks(values, power_of_two(-exponent))
     weight = values.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
     return weight, (exponent + SCALE_BIAS).to(torch.uint8)

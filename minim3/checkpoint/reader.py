@@ -149,6 +149,10 @@ class CheckpointReader:
                 raise ValueError(f"{key}: {error}") from error
         return stored if dtype is None else stored.to(dtype)
 
+    def read_mxfp8(self, key: str) -> tuple[Tensor, Tensor]:
+        """A tensor that `is_quantized` as it is stored: e4m3 values and their scales, views of the memory map."""
+        return self._stored(key), self._stored(key + SCALE_SUFFIX)
+
     def items(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every key with its tensor, one at a time."""
         for key in self:

@@ -19,6 +19,7 @@ from minim3.model.moe import MoEConfig
 from minim3.model.multimodal import VisionLanguage, splice_features
 from minim3.model.outputs import MiniMaxM3CausalLMOutput, load_balancing_loss, next_token_loss, packed_targets
 from minim3.model.padding import PaddedLayout
+from minim3.model.quantization import Quantization, prepare
 
 __all__ = ["MiniMaxM3SparseForCausalLM", "MiniMaxM3SparseForConditionalGeneration", "splice_features"]
 
@@ -28,6 +29,7 @@ class CausalLM(nn.Module):
 
     config: Any
     generation_config: Mapping[str, Any] | None = None
+    quantization: Quantization | None = None
 
     @property
     @abstractmethod
@@ -77,22 +79,30 @@ class CausalLM(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
         backend: str | None = None,
+        quantization: str | Quantization | None = None,
     ) -> Self:
         """Load a checkpoint folder or hub id, in evaluation mode.
 
         dtype: of the weights, or its name; None or "auto" keeps the one that the config names (fp32 where it names
         none). The router and its correction bias stay fp32. MTP modules are built only if the checkpoint holds their
-        tensors.
+        tensors. quantization: "int8", "int4" or "mxfp8" holds the weights of projections and experts so, quantized one
+        tensor at a time as they are read: for inference, see `minim3.model.quantization`.
         """
         weights_as = weight_dtype(dtype)
         folder = checkpoint.resolve_checkpoint(path)
         config = cls.config_of(checkpoint.read_config(folder), str(path))
         config = with_mtp_modules(config, checkpoint.num_mtp_modules_in(folder))
         if weights_as is None:
-            weights_as = weight_dtype(config.torch_dtype or "float32")
+            weights_as = weight_dtype(config.torch_dtype or "float32") or torch.float32
+        device = torch.device(device or "cpu")
         with torch.device("meta"):
             model = cls(config, None, backend)
-        checkpoint.load_into(model, folder, dtype=weights_as, device=device or "cpu", text_only=cls.is_text_only())
+        sinks = {}
+        if quantization is not None:
+            model.quantization = Quantization.of(quantization)
+            model.quantization.check_available(device, weights_as)
+            sinks = prepare(model, model.quantization, checkpoint.mxfp8_parameters(folder))
+        checkpoint.load_into(model, folder, dtype=weights_as, device=device, text_only=cls.is_text_only(), sinks=sinks)
         model.generation_config = checkpoint.read_generation_config(folder)
         return model.eval()
 
@@ -105,8 +115,14 @@ class CausalLM(nn.Module):
     ) -> None:
         """Write config and weights in the released layout.
 
-        format: "bf16", "fp32", "mxfp8", or None for the model's own dtype.
+        format: "bf16", "fp32", "mxfp8", or None for the model's own dtype. A quantized model is refused: what it was
+        made from is in its checkpoint.
         """
+        if self.quantization is not None:
+            raise ValueError(
+                f"this model holds {self.quantization.format} weights, made from a checkpoint when it was loaded: save "
+                "one that was loaded without quantization, or write another format of the checkpoint by minim3 convert"
+            )
         checkpoint.write_checkpoint(self, path, format=format, max_shard_bytes=max_shard_bytes)
 
     @torch.no_grad()

@@ -56,10 +56,10 @@ class PackedLinears:
         return F.linear(x, self.weight)
 
 
-def pack_linears(projections: Sequence[nn.Module]) -> Any:
+def pack_linears(projections: Sequence[Any]) -> Any:
     """The one product of these projections: `PackedLinears`, or what takes its place for weights in another format."""
-    own = getattr(projections[0], "pack_with", None)
-    return PackedLinears(projections) if own is None else own(projections)  # type: ignore[arg-type]
+    own = next((p.pack_with for p in projections if hasattr(p, "pack_with")), PackedLinears)
+    return own(projections)
 
 
 class PackedScale:
