@@ -472,7 +472,7 @@ def test_model_answers_reads_only_what_was_generated() -> None:
     texts = ["</mm:think>red[e~[", "</mm:think>the blue star[e~["]
 
     class Model:
-        lm_head = torch.nn.Linear(1, 1)
+        device = torch.device("cpu")
 
         def generate(self, input_ids: torch.Tensor, **options: object) -> torch.Tensor:
             assert options["eos_token_id"] == processor.tokenizer.eos_token_id

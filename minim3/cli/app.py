@@ -29,6 +29,12 @@ class Format(StrEnum):
     mxfp8 = "mxfp8"
 
 
+class Quantization(StrEnum):
+    int8 = "int8"
+    int4 = "int4"
+    mxfp8 = "mxfp8"
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"minim3 {minim3.__version__}")
@@ -43,6 +49,9 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the weights; auto is float32 on a CPU.")]
+QuantizationOption = Annotated[
+    Quantization | None, typer.Option("--quantization", help="Hold the weights in fewer bits (docs/weights.md).")
+]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")]
 Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Makes random choices repeatable.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")]
@@ -95,6 +104,7 @@ def generate(
     ] = False,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
+    quantization: QuantizationOption = None,
     threads: Threads = None,
     seed: Seed = None,
     version: Version = False,
@@ -107,7 +117,7 @@ def generate(
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, greedy, tuple(stop or ()), seed
     )
     run_generate(
-        prompt, image or [], video or [], LoadOptions(model, device, dtype.value, threads), sampling,
+        prompt, image or [], video or [], LoadOptions(model, device, dtype.value, threads, quantization), sampling,
         system=system, thinking=thinking.value, as_json=json, raw=raw,
     )  # fmt: skip
 
@@ -126,6 +136,7 @@ def chat(
     greedy: Greedy = False,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
+    quantization: QuantizationOption = None,
     threads: Threads = None,
     seed: Seed = None,
     version: Version = False,
@@ -135,7 +146,8 @@ def chat(
     from minim3.cli.session import LoadOptions, SamplingOptions
 
     sampling = SamplingOptions(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, greedy, (), seed)
-    run_chat(LoadOptions(model, device, dtype.value, threads), sampling, system=system, thinking=thinking.value)
+    options = LoadOptions(model, device, dtype.value, threads, quantization)
+    run_chat(options, sampling, system=system, thinking=thinking.value)
 
 
 @app.command()
@@ -203,6 +215,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The picture.")] = Path("demo.png"),
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
+    quantization: QuantizationOption = None,
     threads: Threads = None,
     seed: Seed = None,
     version: Version = False,
@@ -211,7 +224,7 @@ def demo(
     from minim3.cli.demo import run_demo
     from minim3.cli.session import LoadOptions
 
-    run_demo(LoadOptions(model, device, dtype.value, threads), output, seed)
+    run_demo(LoadOptions(model, device, dtype.value, threads, quantization), output, seed)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -42,6 +42,7 @@ def collect_info(source: str, context: int | None, device: str = "auto", dtype: 
             "parts": [{"name": part.name, "total": part.total, "active": part.active} for part in counts.parts],
         },
         "weight_bytes": {name: counts.num_bytes(name) for name in FORMATS},
+        "memory_bytes": _memory(config, folder, 0 if stored is None else stored["mtp_modules"], device, dtype),
         "cache": _cache(text, context),
         "files": stored,
         "kernels": _kernels(device, dtype, text.torch_dtype or getattr(config, "torch_dtype", None)),
@@ -150,6 +151,36 @@ def _vision_sizes(config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig) -> dict[str
     return None if vision is None else {name: getattr(vision, name) for name in names}
 
 
+def _memory(
+    config: MiniMaxM3VLConfig | MiniMaxM3VLTextConfig, folder: Path | None, num_mtp: int, device: str, dtype: str
+) -> dict[str, int]:
+    """Bytes of the weights once loaded: in the dtype, and with each `--quantization` that `device` has."""
+    import torch
+
+    from minim3.checkpoint import mxfp8_parameters
+    from minim3.cli.session import choose_device, choose_dtype
+    from minim3.model.causal_lm import (
+        MiniMaxM3SparseForCausalLM,
+        MiniMaxM3SparseForConditionalGeneration,
+        with_mtp_modules,
+    )
+    from minim3.model.quantization import Quantization, expected_bytes
+
+    where = choose_device(device)
+    what = choose_dtype(dtype, where, config.torch_dtype)
+    stored = None if folder is None else mxfp8_parameters(folder)
+    config = with_mtp_modules(config, num_mtp)
+    text_only = isinstance(config, MiniMaxM3VLTextConfig)
+    model_class: Any = MiniMaxM3SparseForCausalLM if text_only else MiniMaxM3SparseForConditionalGeneration
+    sizes = {}
+    for quantization in (None, "int8", "int4", "mxfp8") if where.type == "cpu" else (None, "mxfp8"):
+        with torch.device("meta"):
+            model = model_class(config)
+        name = quantization or str(what).removeprefix("torch.")
+        sizes[name] = expected_bytes(model, None if quantization is None else Quantization(quantization), what, stored)
+    return sizes
+
+
 def _cache(text: MiniMaxM3VLTextConfig, context: int) -> dict[str, Any]:
     """Cache of one sequence of `context` tokens, in whole pages (a page is a selection block)."""
     page = text.index_block_size or 1
@@ -200,7 +231,11 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(("context", f"up to {text['max_position_embeddings']:,} tokens"))
     active = f"{_count(parameters['active_per_token'])} active a token (without embeddings and head)"
     rows.append(("parameters", f"{_count(parameters['total'])}, {active}"))
-    rows.append(("weights", ", ".join(f"{_size(size)} in {name}" for name, size in info["weight_bytes"].items())))
+    rows.append(
+        ("weights in files", ", ".join(f"{_size(size)} in {name}" for name, size in info["weight_bytes"].items()))
+    )
+    plain, *held = [f"{_size(size)} as {name}" for name, size in info["memory_bytes"].items()]
+    rows.append(("weights loaded", f"{plain}; with --quantization {', '.join(held)}"))
     for name in ("bf16", "fp32"):
         of = cache[name]
         split = f"K and V {_size(of['kv_bytes'])}, index keys {_size(of['index_bytes'])}"

@@ -27,6 +27,7 @@ class LoadOptions:
     device: str
     dtype: str
     threads: int | None
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ class Session:
             torch.set_num_threads(options.threads)
         device = choose_device(options.device)
         dtype = None if options.dtype == "auto" else choose_dtype(options.dtype, device, None)
-        self.model, self.processor = load(options.model, dtype, device, require_tokenizer=True)
+        self.model, self.processor = load(
+            options.model, dtype, device, quantization=options.quantization, require_tokenizer=True
+        )
         self.model.pack_for_inference()
         self.stop = sampling.stop
         defaults = self.model.generation_config or {}

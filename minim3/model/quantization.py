@@ -4,6 +4,7 @@ Quantized are the projections of attention, its indexer, the MLPs, shared and ro
 head. Embeddings, norms, the router, its correction bias and the vision part stay as they are.
 """
 
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +13,11 @@ import torch
 from torch import nn
 
 from minim3.checkpoint import Placement, is_quantized_key, released_keys
-from minim3.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES
+from minim3.checkpoint.loader import named_tensors
+from minim3.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES, is_router
 from minim3.model.moe import MiniMaxM3Experts
 from minim3.model.quantized import ExpertStack, QuantizedExperts, QuantizedLinear, QuantizedModule
-from minim3.model.weight_formats import FORMATS, GROUP_SIZES
+from minim3.model.weight_formats import FORMATS, GROUP_SIZES, num_bytes
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,22 @@ def quantize_model(model: nn.Module, quantization: str | Quantization) -> None:
     weights = dict(model.named_parameters())
     for name, sink in prepare(model.eval(), quantization).items():
         sink.put(Placement(name), weights.pop(name).detach())
+
+
+def expected_bytes(
+    model: nn.Module, quantization: Quantization | None, dtype: torch.dtype, stored_mxfp8: Collection[str] | None = None
+) -> int:
+    """Bytes of the weights that loading them so would take; `model` is one on the meta device, which is used up."""
+    total = 0
+    if quantization is not None:
+        for name, sink in prepare(model, quantization, stored_mxfp8).items():
+            format = quantization.format_of(name, stored_mxfp8)
+            assert format is not None
+            *experts, num_rows, columns = sink.shape
+            total += math.prod(experts) * num_bytes(format, num_rows, columns, quantization.group_size)
+    for name, tensor in named_tensors(model).items():
+        total += tensor.numel() * (4 if is_router(name) else dtype.itemsize)
+    return total
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from minim3.checkpoint.mxfp8 import SCALE_BIAS, dequantize_mxfp8, power_of_two, quantize_mxfp8, scale_blocks
+from minim3.checkpoint.mxfp8 import SCALE_BIAS, dequantize_mxfp8, num_scales, power_of_two, quantize_mxfp8, scale_blocks
 
 FORMATS = ("int8", "int4", "mxfp8")
 GROUP_SIZES = (32, 64, 128, 256)
@@ -283,6 +283,16 @@ def quantize(weight: Tensor, format: str, group_size: int = 32) -> WeightMatrix:
     if format == "int4":
         return Int4Matrix.quantize(weight, group_size)
     return Int8Matrix.quantize(weight) if format == "int8" else MXFP8Matrix.quantize(weight)
+
+
+def num_bytes(format: str, num_rows: int, columns: int, group_size: int = 32) -> int:
+    """What `quantize` makes of `num_rows` x `columns` takes, padding and scales included."""
+    if format == "int4":
+        rows, groups = -(-num_rows // _ROWS) * _ROWS, -(-columns // group_size)
+        return rows * groups * (group_size // 2 + 4)
+    if format == "int8":
+        return num_rows * (-(-columns // _COLUMNS) * _COLUMNS + 2)
+    return num_rows * (columns + num_scales(columns))
 
 
 @cache

@@ -221,7 +221,7 @@ def model_answers(model: Any, processor: Any, *, max_new_tokens: int = 64) -> An
             if picture is not None:
                 content.insert(0, {"type": "image", "image": picture})
             conversations.append([{"role": "user", "content": content}])
-        inputs = processor.apply_chat_template(conversations).to(model.lm_head.weight.device)
+        inputs = processor.apply_chat_template(conversations).to(model.device)
         output = model.generate(
             **inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=processor.tokenizer.eos_token_id
         )
@@ -251,12 +251,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--device", default=None)
+    parser.add_argument("--quantization", choices=("int8", "int4", "mxfp8"), help="see docs/weights.md")
     parser.add_argument("--json", type=Path, help="also write the report to this file")
     options = parser.parse_args(arguments)
 
     import minim3
 
-    model, processor = minim3.load(options.model, device=options.device)
+    model, processor = minim3.load(options.model, device=options.device, quantization=options.quantization)
     started = time.monotonic()
     report = evaluate(
         model_answers(model, processor),
