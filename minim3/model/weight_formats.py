@@ -34,6 +34,8 @@ _INT8_ROWS_OF_X = 16
 _INT4_ROWS_OF_X = 64
 _TILE_ELEMENTS = 1 << 20
 """Weights dequantized at a time: 2 MiB in bf16, so that the product finds them in a cache."""
+_MXFP8_TILE_ELEMENTS = 1 << 18
+"""The same for MXFP8, which takes fp32 and several passes."""
 _CHUNK_ELEMENTS = 1 << 22
 """Weights quantized at a time: the fp32 temporaries of a head of many rows stay small."""
 
@@ -247,7 +249,7 @@ class MXFP8Matrix:
         return x
 
     def product(self, x: Tensor) -> Tensor:
-        step = max(1, _TILE_ELEMENTS // self.columns)
+        step = max(1, _MXFP8_TILE_ELEMENTS // self.columns)
         if self.num_rows <= step:
             return F.linear(x, self._rows(slice(0, self.num_rows)).to(x.dtype))
         out = x.new_empty(x.shape[0], self.num_rows)
@@ -270,12 +272,27 @@ class MXFP8Matrix:
         return cls(codes, scales, columns), [cls(*view, columns) for view in views]
 
     def _rows(self, rows: slice) -> Tensor:
-        """What `dequantize_mxfp8` gives for these rows; values and powers are looked up, which is quicker on a CPU."""
-        values, powers = _mxfp8_tables(self.codes.device)
-        codes, scales = self.codes[rows].view(torch.uint8), self.scales[rows]
-        out = values.index_select(0, codes.reshape(-1).int()).view(codes.shape)
-        scale_blocks(out, powers.index_select(0, scales.reshape(-1).int()).view(scales.shape))
+        """What `dequantize_mxfp8` gives for these rows, in fp32; values are looked up, which is quicker on a CPU."""
+        powers, values, pairs = _mxfp8_tables(self.codes.device)
+        codes, scales = self.codes[rows], self.scales[rows]
+        if codes.shape[1] % 2:
+            out = values.index_select(0, codes.view(torch.uint8).flatten().int())
+        else:
+            out = pairs.index_select(0, codes.view(torch.uint16).flatten().int()).view(torch.float32)
+        out = out.view(codes.shape)
+        scale_blocks(out, powers.index_select(0, scales.flatten().int()).view(scales.shape))
         return out
+
+
+@cache
+def _mxfp8_tables(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """fp32 values of the 256 scales and of the 256 codes, and those of two codes at once, a pair in an int64."""
+    codes = torch.arange(256, dtype=torch.int32)
+    values = codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
+    powers = power_of_two((codes - SCALE_BIAS).clamp_(max=SCALE_BIAS))
+    # The first of two codes is the low byte of the pair, and the first half of the int64 (both are little-endian).
+    pairs = torch.stack([values.repeat(256), values.repeat_interleave(256)], dim=1).view(torch.int64).flatten()
+    return powers.to(device), values.to(device), pairs.to(device)
 
 
 def quantize(weight: Tensor, format: str, group_size: int = 32) -> WeightMatrix:
@@ -293,15 +310,6 @@ def num_bytes(format: str, num_rows: int, columns: int, group_size: int = 32) ->
     if format == "int8":
         return num_rows * (-(-columns // _COLUMNS) * _COLUMNS + 2)
     return num_rows * (columns + num_scales(columns))
-
-
-@cache
-def _mxfp8_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """fp32 values of the 256 e4m3 codes, and of the 256 scales."""
-    codes = torch.arange(256, dtype=torch.int32)
-    values = codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
-    powers = power_of_two((codes - SCALE_BIAS).clamp_(max=SCALE_BIAS))
-    return values.to(device), powers.to(device)
 
 
 @cache
