@@ -1,5 +1,6 @@
 """Indexer KL: the loss and its closed-form gradient in one pass, batched over short documents, tiled over long ones.
 
+Documents whose queries chose blocks cost in proportion to the selected keys; warm-up, over all keys, is quadratic.
 The gradient at a scaled index score is (student - teacher) / (tokens * heads), so it is computed with the loss and only
 multiplied in the backward pass; no probabilities are kept. Shapes as in the reference; t rows, s keys of one piece.
 """
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minim3.kernels.portable import products
 from minim3.kernels.portable.buckets import make_buckets, split_short
-from minim3.kernels.reference import selected_keys_mask
 from minim3.kernels.sequences import Lengths, Span, at_least_fp32, query_positions, sequence_spans
 
 _TILE_SCORES = 1 << 22
@@ -68,12 +69,10 @@ def _loss_and_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = max(index_q.shape[0] * index_q.shape[1], 1)
     grad_q, grad_k = torch.zeros_like(index_q), torch.zeros_like(index_k)
-    loss = index_q.new_zeros(())
-    short: tuple[Span, ...] = ()
-    rest = work.spans
-    if ids is None or _covers_everything(ids, work, q.device):
-        ids = None
-        short, rest = split_short(work.spans, causal=True)
+    # Thousands of parts add up here; in fp32 the last ones would round off.
+    loss = index_q.new_zeros((), dtype=torch.float64)
+    dense, sparse = _split(ids, work, q.device)
+    short, rest = split_short(dense, causal=True)
     if short:
         b = make_buckets(short, q.shape[0], k.shape[0], 0.125, str(q.device))
         padded = b.gather_q(q), b.gather_k(k), b.gather_q(index_q), b.gather_k(index_k)
@@ -95,24 +94,31 @@ def _loss_and_gradient(
     for tile in _tiles(rest, q.shape[1]):
         at, keys = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
         position = torch.arange(tile.num_keys, device=q.device)
-        keep = (position <= query_positions([tile], q.device)[:, None]).unsqueeze(0)
-        if ids is not None:
-            keep = keep & selected_keys_mask(ids[at], tile.num_keys, work.block_size).transpose(0, 1)
+        keep = position <= query_positions([tile], q.device)[:, None]
         batch = _Batch(*(x.unsqueeze(0) for x in (q[at], k[keys], index_q[at], index_k[keys])))
-        part, part_q, part_k = _piece(batch, keep.unsqueeze(0), None, work)
+        part, part_q, part_k = _piece(batch, keep.expand(1, 1, -1, -1), None, work)
         loss = loss + part
         grad_q[at] = part_q[0]
         grad_k[keys] += part_k[0]
+    for span in sparse:
+        assert ids is not None
+        loss = loss + _sparse_piece(q, k, index_q, index_k, ids, span, work, grad_q, grad_k)
     if wants_grad:
         grad_q, grad_k = grad_q.div_(rows), grad_k.div_(rows)
-    return loss / rows, grad_q, grad_k
+    return (loss / rows).to(index_q.dtype), grad_q, grad_k
 
 
-def _covers_everything(ids: Tensor, work: Work, device: torch.device) -> bool:
-    """Whether every query selected all of its blocks."""
+def _split(ids: Tensor | None, work: Work, device: torch.device) -> tuple[tuple[Span, ...], tuple[Span, ...]]:
+    """(sequences whose queries all selected all of their blocks, the others)."""
+    if ids is None:
+        return work.spans, ()
     current = (query_positions(work.spans, device) // work.block_size)[:, None]
-    visible = (ids >= 0) & (ids <= current[:, None])
-    return bool((visible.sum(-1) == current + 1).all())
+    complete = (((ids >= 0) & (ids <= current[:, None])).sum(-1) == current + 1).all(-1)
+    dense: list[Span] = []
+    sparse: list[Span] = []
+    for span in work.spans:
+        (dense if bool(complete[span.q_start : span.q_stop].all()) else sparse).append(span)
+    return tuple(dense), tuple(sparse)
 
 
 def _tiles(spans: tuple[Span, ...], heads: int) -> Iterator[Span]:
@@ -158,3 +164,79 @@ def _piece(batch: _Batch, keep: Tensor, weight: Tensor | None, work: Work) -> tu
     # The heads share one key: their gradients add up in one product over (head, query).
     grad_k = torch.bmm(difference.flatten(1, 2).transpose(1, 2), index_queries.flatten(1, 2))
     return loss, grad_q, grad_k
+
+
+# Long documents, sparse: over selected keys only, in two passes of products over gathered rows (see `products`)
+
+
+def _sparse_piece(
+    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor, span: Span, work: Work, grad_q: Tensor,
+    grad_k: Tensor,
+) -> Tensor:  # fmt: skip
+    """Summed KL of one sequence; fills its rows of `grad_q` and adds to `grad_k`. The packed tensors are whole."""
+    seen = slice(span.k_start, span.k_start + span.offset + span.num_queries)
+    keys, index_keys, grad_keys = products.extend(k[seen]), products.extend(index_k[seen, None])[0], grad_k[seen]
+    group, loss = q.shape[1] // k.shape[1], index_q.new_zeros((), dtype=torch.float64)
+    for tile in products.tiles(span):
+        at = slice(tile.q_start, tile.q_stop)
+        for h, choice in enumerate(products.choices(ids[at], tile, work.block_size)):
+            heads = slice(h * group, (h + 1) * group)
+            main, index = _extended(q[at, heads], work.scale), _extended(index_q[at, h : h + 1], work.index_scale)
+            for rows, extended_keys in ((main, keys[h]), (index, index_keys)):
+                _subtract_log_sum_exp(rows, extended_keys, choice)
+            part, part_q = _sparse_tile(main, index, keys[h], index_keys, choice, grad_keys)
+            grad_q[at, h] = part_q.mul_(work.index_scale)
+            loss += part
+    return loss
+
+
+def _extended(rows: Tensor, scale: float) -> Tensor:
+    """Queries `[R, G, D]` times `scale`, with a last channel of zeros: `[R, G, E]`."""
+    extended = rows.new_zeros(*rows.shape[:2], rows.shape[2] + 1)
+    torch.mul(rows, scale, out=extended[..., :-1])
+    return extended
+
+
+def _subtract_log_sum_exp(rows: Tensor, keys: Tensor, choice: products.Choice) -> None:
+    """Set the last channel of `rows` so that their products with selected `keys` are log-probabilities."""
+    num_rows, group, width = rows.shape
+    flat = rows.view(num_rows, group * width)
+    lse = rows.new_empty(num_rows, group)
+    for part, seen, hidden in products.own_parts(choice, num_rows, rows.device):
+        scores = torch.mm(rows[part].view(-1, width), keys[seen].t()).view(-1, group, hidden.shape[-1])
+        lse[part] = scores.masked_fill_(hidden, float("-inf")).logsumexp(-1)
+    for chosen, block_keys in products.chosen_parts(choice, group, keys):
+        scores = torch.mm(flat.index_select(0, chosen).view(-1, width), block_keys.t())
+        total = torch.logaddexp(lse.index_select(0, chosen), scores.logsumexp(-1).view(-1, group))
+        lse.index_copy_(0, chosen, total)
+    torch.neg(lse, out=rows[..., -1])
+
+
+def _sparse_tile(
+    main: Tensor, index: Tensor, keys: Tensor, index_keys: Tensor, choice: products.Choice, grad_keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(summed KL, gradient at the scaled index queries `[R, Di]`) of a tile and one head; adds to `grad_keys`."""
+    rows, group, width = main.shape
+    flat_main, flat_index = main.view(rows, group * width), index.view(rows, -1)
+    loss, grad = main.new_zeros((), dtype=torch.float64), main.new_empty(rows, index.shape[2] - 1)
+
+    def part(main: Tensor, index: Tensor, hidden: Tensor | None, *by_key: Tensor) -> Tensor:
+        """Rows against some keys: adds to the loss and the gradient of these keys, returns that of the rows."""
+        some_keys, some_index_keys, grad_keys = by_key
+        teacher = torch.mm(main.view(-1, width), some_keys.t()).exp_().view(-1, group, some_keys.shape[0]).mean(1)
+        log_student = torch.mm(index, some_index_keys.t())
+        if hidden is not None:
+            teacher.masked_fill_(hidden, 0.0)
+            log_student.masked_fill_(hidden, _HIDDEN)
+        log_teacher = teacher.clamp(min=torch.finfo(teacher.dtype).tiny).log_()
+        loss.add_(torch.dot(teacher.flatten(), log_teacher.sub_(log_student).flatten()))
+        difference = log_student.exp_().sub_(teacher)
+        grad_keys.addmm_(difference.t(), index[:, :-1])
+        return torch.mm(difference, some_index_keys[:, :-1])
+
+    for at, seen, hidden in products.own_parts(choice, rows, main.device):
+        grad[at] = part(main[at], flat_index[at], hidden.squeeze(1), keys[seen], index_keys[seen], grad_keys[seen])
+    for chosen, *block in products.chosen_parts(choice, group, keys, index_keys, grad_keys):
+        rows_grad = part(flat_main.index_select(0, chosen), flat_index.index_select(0, chosen), None, *block)
+        grad.index_add_(0, chosen, rows_grad)
+    return loss, grad

@@ -19,8 +19,8 @@ from minim3.kernels.sequences import (
 _TILE_ROWS = 1024
 """Rows (queries times index heads) of a tile of scores."""
 
-_TILE_SCORES = 1 << 21
-"""Scores of a tile: 8 MiB in fp32, which the last-level cache holds."""
+_TILE_SCORES = 1 << 18
+"""Scores of a tile: 1 MiB in fp32, which a core's own cache holds until the maximum is taken."""
 
 
 def select_blocks(

@@ -1,0 +1,189 @@
+"""Sparse pieces as matrix products: a query's own block as it lies, earlier blocks KV-outer over gathered rows.
+
+Results add up without a running maximum. Probabilities are taken relative to the score of a query with its own key,
+which is known beforehand, and divided by their sum at the end. The reference enters the product as one more channel
+(queries carry minus the reference, keys a one), so that scores come out ready for `exp`. That is exact as long as no
+score exceeds the reference by more than `_REACH`, which the norms of queries and keys tell in advance (`within_reach`);
+other pieces take the merge through log-sum-exps (`merging`). The backward pass uses the final log-sum-exp in the same
+way, which no score exceeds, and `delta` (gradient times output, summed) as the extra channel of its second product.
+
+A tile is R rows (queries) and the keys up to its last row; G query heads share its one KV head; D their dimension,
+E = D + 1. Rows lie as `[R, G, E]`: a row with all of its heads is contiguous, and a gather copies whole rows.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minim3.kernels.sequences import Span
+
+_REACH = 60.0
+"""Largest excess of a score over its reference: exp(60) times thousands of keys is far from the end of fp32."""
+
+_TILE_ROWS = 4096
+"""Queries handled at once: what one KV head needs of them stays in the last-level cache."""
+
+_GATHERED_ROWS = 1024
+"""Rows times heads of a product: its scores over a block of keys stay in a core's own cache."""
+
+
+class Choice(NamedTuple):
+    """What the rows of a tile chose, for one KV head; the first row stands at position `offset` of its sequence."""
+
+    offset: int
+    block_size: int
+    rows_by_block: tuple[Tensor, ...]  # int64: rows that chose each block before their own
+    without_own: Tensor | None  # bool [R]: rows that did not choose their own block; None: there are none
+
+
+def tiles(span: Span) -> Iterator[Span]:
+    """A piece, some rows at a time."""
+    for start in range(0, span.num_queries, _TILE_ROWS):
+        count = min(_TILE_ROWS, span.num_queries - start)
+        yield Span(span.q_start + start, count, span.k_start, span.num_keys, span.offset + start)
+
+
+def choices(ids: Tensor, tile: Span, block_size: int) -> list[Choice]:
+    """What the rows of a tile chose (`[R, Hkv, K]`), for each KV head."""
+    ids, kv_heads = ids.long(), ids.shape[1]
+    current = (torch.arange(tile.num_queries, device=ids.device) + tile.offset).div_(block_size, rounding_mode="floor")
+    current = current[:, None, None]
+    num_blocks = (tile.offset + tile.num_queries - 1) // block_size
+    without_own = (ids != current).all(-1).t().contiguous()
+    ids = torch.where((ids < 0) | (ids >= current), num_blocks, ids).permute(1, 2, 0)
+    member = torch.zeros(kv_heads, num_blocks + 1, tile.num_queries, dtype=torch.bool, device=ids.device)
+    member = member.scatter_(1, ids, True)[:, :num_blocks].contiguous()
+    rows = member.nonzero()[:, 2].contiguous().split(member.sum(-1).flatten().tolist())
+    return [
+        Choice(tile.offset, block_size, rows[h * num_blocks : (h + 1) * num_blocks], without_own[h] if some else None)
+        for h, some in enumerate(without_own.any(-1).tolist())
+    ]
+
+
+def extend(x: Tensor) -> Tensor:
+    """Keys or values `[S, Hkv, D]` -> contiguous `[Hkv, S, E]` with a last channel of ones."""
+    extended = x.new_empty(x.shape[1], x.shape[0], x.shape[2] + 1)
+    extended[..., :-1] = x.transpose(0, 1)
+    extended[..., -1] = 1.0
+    return extended
+
+
+def references(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Score of each query with its own key: `[R, Hq, D]`, `[R, Hkv, D]` -> `[R, Hq]`."""
+    return (q.unflatten(1, (k.shape[1], -1)) * k.unsqueeze(2)).sum(-1).mul_(scale).flatten(1)
+
+
+def within_reach(q: Tensor, reference: Tensor, longest: Tensor, scale: float) -> list[bool]:
+    """For each KV head, whether no score of these rows can exceed its reference too far; `longest` key norm `[Hkv]`."""
+    bound = torch.linalg.vector_norm(q, dim=-1).unflatten(1, (longest.shape[0], -1)) * (longest * abs(scale))[:, None]
+    return (bound - reference.view_as(bound) <= _REACH).transpose(0, 1).flatten(1).all(1).tolist()
+
+
+def forward(
+    q: Tensor, reference: Tensor, keys: Tensor, v: Tensor, choice: Choice, scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """Fill `out` `[R, G, D]` and `lse` `[R, G]` from `q` `[R, G, D]`, extended keys `[S, E]` and values `[S, D]`."""
+    rows, group, dim = q.shape
+    queries, sums = q.new_empty(2, rows, group, dim + 1)
+    torch.mul(q, scale, out=queries[..., :dim])
+    torch.neg(reference, out=queries[..., dim])
+    scores = score_buffer(q, choice)
+    for part, seen, hidden in own_parts(choice, rows, q.device):
+        x, result = queries[part].view(-1, dim + 1), sums[part].view(-1, dim + 1)
+        p = scores[: x.shape[0] * hidden.shape[-1]].view(x.shape[0], -1)
+        torch.mm(x, keys[seen].t(), out=p).exp_()
+        p.view(-1, group, p.shape[1]).masked_fill_(hidden, 0.0)
+        torch.mm(p, v[seen], out=result[:, :dim])
+        torch.sum(p, -1, out=result[:, dim])
+    width = group * (dim + 1)
+    flat_queries, flat_sums = queries.view(rows, width), sums.view(rows, width)
+    gathered, partial = q.new_empty(2, min(row_limit(group), rows), width)
+    scores = scores.view(-1, choice.block_size)
+    for chosen, block_keys, values in chosen_parts(choice, group, keys, v):
+        count = chosen.shape[0]
+        x, y, p = gathered[:count], partial[:count], scores[: count * group]
+        torch.index_select(flat_queries, 0, chosen, out=x)
+        torch.mm(x.view(-1, dim + 1), block_keys.t(), out=p).exp_()
+        result = y.view(-1, dim + 1)
+        torch.mm(p, values, out=result[:, :dim])
+        torch.sum(p, -1, out=result[:, dim])
+        # Rows are distinct within a block, so their sums have one order.
+        flat_sums.index_add_(0, chosen, y)
+    torch.div(sums[..., :dim], sums[..., dim:], out=out)
+    torch.add(sums[..., dim].log_(), reference, out=lse)
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor, choice: Choice,
+    scale: float, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
+) -> None:  # fmt: skip
+    """Write `grad_q` `[R, G, D]` and add to `grad_k`, `grad_v` `[S, D]`; `delta` `[R, G]`, the rest as in `forward`."""
+    rows, group, dim = q.shape
+    both = q.new_empty(rows, group, 2, dim + 1)  # a query and its gradient side by side: one gather
+    torch.mul(q, scale, out=both[:, :, 0, :dim])
+    torch.neg(lse, out=both[:, :, 0, dim])
+    both[:, :, 1, :dim] = grad_out
+    torch.neg(delta, out=both[:, :, 1, dim])
+    sums = q.new_empty(rows, group, dim)
+    scores, grad_scores = score_buffer(q, choice), score_buffer(q, choice)
+
+    def add(x: Tensor, hidden: Tensor | None, result: Tensor, *by_key: Tensor) -> None:
+        """Rows `[n, G, 2, E]` against some keys: add to the gradients of these, write those of the rows to `result`."""
+        some_keys, some_values, grad_k, grad_v = by_key
+        x_q, x_grad = x.view(-1, 2, dim + 1).unbind(1)
+        shape = x_q.shape[0], some_keys.shape[0]
+        p, grad_p = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (scores, grad_scores))
+        torch.mm(x_q, some_keys.t(), out=p).exp_()
+        if hidden is not None:
+            p.view(-1, group, shape[1]).masked_fill_(hidden, 0.0)
+        grad_v.addmm_(p.t(), x_grad[:, :dim])
+        torch.mm(x_grad, some_values.t(), out=grad_p).mul_(p)
+        grad_k.addmm_(grad_p.t(), x_q[:, :dim])
+        torch.mm(grad_p, some_keys[:, :dim], out=result.view(-1, dim))
+
+    for part, seen, hidden in own_parts(choice, rows, q.device):
+        add(both[part], hidden, sums[part], keys[seen], values[seen], grad_k[seen], grad_v[seen])
+    flat_both, flat_sums = both.view(rows, -1), sums.view(rows, -1)
+    gathered = q.new_empty(min(row_limit(group), rows), flat_both.shape[1])
+    partial = q.new_empty(gathered.shape[0], group * dim)
+    for chosen, *block in chosen_parts(choice, group, keys, values, grad_k, grad_v):
+        x, y = gathered[: chosen.shape[0]], partial[: chosen.shape[0]]
+        torch.index_select(flat_both, 0, chosen, out=x)
+        add(x, None, y, *block)
+        flat_sums.index_add_(0, chosen, y)
+    torch.mul(sums, scale, out=grad_q)
+
+
+def own_parts(choice: Choice, rows: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(rows in one block, the keys of that block up to the last of them, keys a row does not see: bool `[r, 1, k]`)."""
+    block_size, row = choice.block_size, 0
+    later = torch.ones(block_size, block_size, dtype=torch.bool, device=device).triu_(1).unsqueeze(1)
+    while row < rows:
+        before = (choice.offset + row) % block_size
+        stop = min(row + block_size - before, rows)
+        hidden = later[before : before + stop - row, :, : before + stop - row]
+        if choice.without_own is not None:
+            hidden = hidden | choice.without_own[row:stop, None, None]
+        yield slice(row, stop), slice(choice.offset + row - before, choice.offset + stop), hidden
+        row = stop
+
+
+def chosen_parts(choice: Choice, group: int, *by_key: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """(rows that chose a block, the block of each tensor `[S, ...]`), a limited number of rows at a time."""
+    limit = row_limit(group)
+    for rows, *block in zip(choice.rows_by_block, *(x.split(choice.block_size) for x in by_key)):
+        if rows.shape[0]:
+            for part in rows.split(limit) if rows.shape[0] > limit else (rows,):
+                yield part, *block
+
+
+def row_limit(group: int) -> int:
+    return max(1, _GATHERED_ROWS // group)
+
+
+def score_buffer(q: Tensor, choice: Choice) -> Tensor:
+    """Room for the scores of the largest product, reused: fresh memory of this size faults its pages every time."""
+    group = q.shape[1]
+    return q.new_empty(min(max(row_limit(group), choice.block_size), q.shape[0]) * group * choice.block_size)
