@@ -140,24 +140,34 @@ def test_decode_takes_any_ids(choice: str) -> None:
         close(got, want)
 
 
-def test_long_batches_one_at_a_time_equal_batched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sequences too large to batch are handled one by one: the same results."""
-    cache = Cache([70, 41, 9], 8, 2, 8, 5)
+@pytest.mark.parametrize("bag_rows", [0, 16])
+def test_parts_chunks_and_gathers_of_any_size_give_the_same(monkeypatch: pytest.MonkeyPatch, bag_rows: int) -> None:
+    """Long sequences are cut into parts, their keys into chunks, their gathers into a few at a time: same results."""
+    cache = Cache([70, 41, 9, 66], 8, 2, 8, 5)
     selection = {"block_size": 8, "topk_blocks": 3}
-    for counts in ([1, 1, 1], [3, 3, 3], [2, 1, 0]):
+    monkeypatch.setattr(kernels.portable.decode, "_BAG_ROWS", bag_rows)
+    for counts in ([1, 1, 1, 1], [3, 3, 3, 3], [2, 1, 0, 2], [0, 0, 0, 1]):
         cu_q = [0, *torch.tensor(counts).cumsum(0).tolist()]
         index_q, q = queries(cu_q, 2), queries(cu_q, 4)
         results = []
-        for limit in (1 << 20, 0):
-            monkeypatch.setattr(kernels.portable.paged, "_BATCH_ELEMENTS", limit)
+        for part, chunk, gathered in ((1 << 23, 1 << 18, 1 << 17), (0, 1 << 18, 1), (1 << 23, 64, 1), (999, 150, 200)):
+            monkeypatch.setattr(kernels.portable.paged, "_PART_SCORES", part)
+            monkeypatch.setattr(kernels.portable.entries, "_CHUNK_ELEMENTS", chunk)
+            monkeypatch.setattr(kernels.portable.entries, "_GATHERED_ELEMENTS", gathered)
             paged = (cache.page_table, cache.lengths)
-            ids = kernels.select_blocks_paged(index_q, cache.index_k_pages, *paged, cu_q, **selection)
+            plan = kernels.PagedPlan(*paged, cu_q, 8)
+            ids = kernels.select_blocks_paged(index_q, cache.index_k_pages, *paged, cu_q, plan=plan, **selection)
             sparse = kernels.block_sparse_attention_paged(
+                q, cache.k_pages, cache.v_pages, *paged, ids, cu_q, block_size=8, plan=plan
+            )
+            given = kernels.block_sparse_attention_paged(  # without a plan its form is not known
                 q, cache.k_pages, cache.v_pages, *paged, ids, cu_q, block_size=8
             )
-            results.append((*sparse, *kernels.paged_attention(q, cache.k_pages, cache.v_pages, *paged, cu_q)))
-        close(results[0][:2], results[1][:2])
-        close(results[0][2:], results[1][2:])
+            dense = kernels.paged_attention(q, cache.k_pages, cache.v_pages, *paged, cu_q)
+            results.append((*sparse, *given, *dense))
+        for other in results[1:]:
+            for place in (0, 2, 4):
+                close(other[place : place + 2], results[0][place : place + 2])
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -166,7 +176,7 @@ def test_one_query_at_every_end_of_page_and_block(
     monkeypatch: pytest.MonkeyPatch, shuffle: bool, gathered: int
 ) -> None:
     """One token of one sequence takes paths of its own: pages in a row, and heads gathered a few at a time."""
-    monkeypatch.setattr(kernels.portable.decode, "_GATHERED_ELEMENTS", gathered)
+    monkeypatch.setattr(kernels.portable.entries, "_GATHERED_ELEMENTS", gathered)
     for length in (1, 7, 8, 9, 16, 25, 31, 32, 33, 64, 65):
         cache = Cache([length], 8, 4, 8, length, shuffle)
         plan = kernels.PagedPlan(cache.page_table, [length], [0, 1], 8)

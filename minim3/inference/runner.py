@@ -12,14 +12,19 @@ from torch import Tensor
 from minim3.inference.cache import PagedCache
 from minim3.inference.request import Media, Request
 from minim3.inference.scheduler import Chunk
+from minim3.kernels.portable.plan import Scratch
 from minim3.model.batch import ForwardBatch, PagedContext
+from minim3.model.decoding import DecodingModel
 
 if TYPE_CHECKING:
     from minim3.model.causal_lm import CausalLM
 
 
 class Runner:
-    """Everything between a plan and its logits. The only state of its own is the page table of the last step."""
+    """Everything between a plan and its logits.
+
+    Between steps it keeps the page table of the last one and memory to compute in, nothing that an answer depends on.
+    """
 
     def __init__(self, model: "CausalLM", cache: PagedCache) -> None:
         model.pack_for_inference()
@@ -27,6 +32,8 @@ class Runner:
         self.cache = cache
         self.device = cache.device
         self._page_table = _PageTable(cache.device)
+        self._scratch = Scratch()
+        self._decoding = DecodingModel.of(model.text_model)
 
     def run(self, plan: Sequence[Chunk]) -> tuple[Tensor | None, list[Request]]:
         """Compute the planned tokens and store their K, V and index keys; their pages must have been handed out.
@@ -56,10 +63,15 @@ class Runner:
             tuple([num_tokens for _, num_tokens in plan]),
             tuple(lengths_k),
             PagedContext(
-                self.cache.layers, self._page_table.rows([c.request for c in plan]), slots_T, self.cache.page_size
+                self.cache.layers, self._page_table.rows([c.request for c in plan]), slots_T, self.cache.page_size,
+                self._scratch,
             ),
-        )
-        hidden_TH = self.model.text_model.forward_packed(self._embed(ids_T, plan), batch)
+        )  # fmt: skip
+        embeds_TH = self._embed(ids_T, plan)
+        if self._decoding is not None and self._decoding.takes(batch):
+            hidden_TH = self._decoding.forward_packed(embeds_TH, batch)
+        else:
+            hidden_TH = self.model.text_model.forward_packed(embeds_TH, batch)
         if not sampling:
             return None, sampling
         if len(last_rows) < len(token_ids):

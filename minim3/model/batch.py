@@ -7,11 +7,13 @@ Nothing in the model is padded: calls on padded `[B, S]` tensors are packed at t
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from minim3.kernels import PagedPlan
+from minim3.kernels.portable.plan import CacheRows, Scratch
 from minim3.model.layers import RotaryFactors
 
 
@@ -27,6 +29,26 @@ class LayerPages:
     v: Tensor
     index_k: Tensor | None
 
+    @cached_property
+    def tokens(self) -> tuple[Tensor, ...]:
+        """k, v and index_k as `[tokens of all heads, dim]`, in the order in which `PagedContext.token_rows` counts."""
+        return tuple([x.view(-1, x.shape[-1]) for x in (self.k, self.v, self.index_k) if x is not None])
+
+    def rows(self, layout: CacheRows, index_layout: CacheRows | None) -> tuple[Tensor, Tensor | None]:
+        """k and index_k by cache rows of these layouts."""
+        known = self._rows.get((layout, index_layout))
+        if known is None:
+            index_k = None
+            if index_layout is not None:
+                assert self.index_k is not None
+                index_k = index_layout.view(self.index_k)
+            known = self._rows[layout, index_layout] = layout.view(self.k), index_k
+        return known
+
+    @cached_property
+    def _rows(self) -> dict[tuple[CacheRows, CacheRows | None], tuple[Tensor, Tensor | None]]:
+        return {}
+
 
 @dataclass(frozen=True)
 class PagedContext:
@@ -35,24 +57,34 @@ class PagedContext:
     layers: one `LayerPages` a decoder layer, then one an MTP depth if those are cached.
     page_table: int64 `[N, max_pages]`, the pages of each sequence in order; entries past its length are ignored.
     slots: int64 `[T]`, `page * page_size + offset` of each new token.
+    scratch: memory of the kernels that outlives the step, if its owner has some.
     """
 
     layers: Sequence[LayerPages]
     page_table: Tensor
     slots: Tensor
     page_size: int
+    scratch: Scratch | None = None
     _rows: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def store(self, pages: Tensor, new: Tensor) -> None:
-        """Put `new` `[T, heads, D]` into `pages` `[P, heads, page, D]` (or `[P, page, D]` for one head)."""
-        heads = new.shape[1]
-        if heads not in self._rows:  # the same in all layers
+    def token_rows(self, heads: int) -> Tensor:
+        """int64 `[T * heads]`: where pages of so many heads, seen as `[pages * heads * page_size, D]`, take new tokens.
+
+        The same in all layers, and made once.
+        """
+        known = self._rows.get(heads)
+        if known is None:
             page = self.slots // self.page_size
             first = page * (heads * self.page_size) + self.slots % self.page_size
             head_starts = torch.arange(heads, device=first.device) * self.page_size
-            self._rows[heads] = (first[:, None] + head_starts).flatten()
+            known = self._rows[heads] = (first[:, None] + head_starts).flatten()
+        return known
+
+    def store(self, pages: Tensor, new: Tensor) -> None:
+        """Put `new` `[T, heads, D]` into `pages` `[P, heads, page, D]` (or `[P, page, D]` for one head)."""
         dim = new.shape[2]
-        pages.view(-1, dim).index_copy_(0, self._rows[heads], new.reshape(-1, dim).to(pages.dtype))
+        rows = self.token_rows(new.shape[1])
+        pages.view(-1, dim).index_copy_(0, rows, new.reshape(-1, dim).to(pages.dtype))
 
 
 @dataclass(frozen=True)
@@ -114,7 +146,8 @@ class ForwardBatch:
     def plan(self) -> PagedPlan:
         """What the paged kernels of all layers share."""
         assert self.pages is not None
-        return PagedPlan(self.pages.page_table, self.lengths_k, self.cu_seqlens_q, self.pages.page_size)
+        pages = self.pages
+        return PagedPlan(pages.page_table, self.lengths_k, self._sums(self.lengths_q), pages.page_size, pages.scratch)
 
     def rotary_factors(self, freqs_cis: Tensor, head_dim: int) -> RotaryFactors:
         """Made once for all the layers that are given the same table."""
@@ -124,11 +157,11 @@ class ForwardBatch:
         return known[1]
 
     def _cumulative(self, lengths: tuple[int, ...]) -> Tensor:
-        total, sums = 0, [0]
-        for length in lengths:
-            total += length
-            sums.append(total)
-        return torch.tensor(sums, dtype=torch.int32, device=self.positions.device)
+        return torch.tensor(self._sums(lengths), dtype=torch.int32, device=self.positions.device)
+
+    @staticmethod
+    def _sums(lengths: tuple[int, ...]) -> list[int]:
+        return list(accumulate(lengths, initial=0))
 
 
 @dataclass

@@ -1,135 +1,304 @@
-"""One new token of one sequence over its pages: the inner loop of decoding, in as few operations as it takes.
+"""Few new tokens of each sequence over its pages: decoding and verification, all sequences at once.
 
-Shapes: q `[1, Hq, D]`, at least fp32; pages `[P, Hkv, page, D]`; cache rows `[rows, tokens * D]` (`plan`). G is the
-number of query heads that share a KV head.
+An entry is what sees one list of keys: a KV head of one query with its chosen blocks (`Chosen`), or of all the new
+queries of a sequence (`Dense`); G query heads share a KV head, so that it has G rows a query. Keys are read where they
+lie if the pages of one sequence follow each other. Otherwise they are gathered by whole cache rows (`plan`), so many
+entries at once as stay in the cache of the cores that gathered them, and multiplied from there. Values are not gathered
+where a bag of rows does it: `embedding_bag` adds up weighted rows as it finds them.
+
+What lies past the end of a sequence may be NaN: its scores are hidden, and its values replaced by those of a token of
+the sequence, since a share of zero would not cancel a NaN. Tables depend on lengths and pages alone: they are made
+once a step and used in every layer; memory, and views of it, are kept from step to step.
 """
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from minim3.kernels.portable.plan import CacheRows, PagedPlan, Request
+from minim3.kernels.portable import entries
+from minim3.kernels.portable.entries import Layout, ScoreBuffer, Seen
+from minim3.kernels.portable.plan import CacheRows, PagedPlan
 from minim3.kernels.sequences import at_least_fp32
 
-_GATHERED_ELEMENTS = 1 << 18
-"""Keys are gathered for as many heads at once as stay within this many elements a thread (1 MiB in fp32), so that the
-product finds them in the second-level cache of the core that gathered them."""
+_BAG_ROWS = 16
+"""A bag reads each value once a row of queries; with more rows than this a product is as good."""
 
 
-def select_row(
-    index_q: Tensor, index_k_pages: Tensor, plan: PagedPlan, r: Request, *, block_size: int, topk_blocks: int,
-    init_blocks: int, local_blocks: int, score_type: str, scale: float,
-) -> Tensor:  # fmt: skip
-    """`select_blocks` where more blocks are visible than the budget takes: `[1, Hi, Di]` -> int32 `[1, Hi, topk]`.
+class _Attention:
+    """Attention of entries over listed cache rows; the subclasses say which."""
 
-    Forced blocks are not scored: only those between the first and the local ones compete for what is left of it.
-    """
-    current = (r.length - 1) // block_size
-    first, stop = init_blocks, current + 1 - local_blocks
-    keys = index_keys(index_k_pages, plan, r, stop * block_size, block_size)[first * block_size :]
-    dtype = at_least_fp32(index_q.dtype)
-    scores = torch.mm(index_q[0].to(dtype), keys.to(dtype).t()).view(-1, stop - first, block_size)
-    best = scores.amax(-1).mul_(scale) if score_type == "max" else scores.mul_(scale).logsumexp(-1)
-    # Stable: of equal scores the lower id comes first.
-    order = best.sort(dim=-1, descending=True, stable=True).indices
-    chosen = order[:, : topk_blocks - init_blocks - local_blocks].sort(-1).values
-    # The local blocks are in their places already.
-    ids = plan.once(
-        ("forced", index_q.shape[1], block_size, topk_blocks, init_blocks, local_blocks),
-        lambda: _forced_row(index_q, current, topk_blocks, init_blocks, local_blocks),
-    ).clone()
-    ids[0, :, first : topk_blocks - local_blocks] = chosen + first if first else chosen
-    return ids
+    def __init__(self, plan: PagedPlan, cache: CacheRows, layout: Layout, seen: Seen, rows: int, dim: int) -> None:
+        self.plan = plan
+        self.cache = cache
+        self.layout = layout
+        self.seen = seen
+        self.num_rows = rows  # of queries an entry
+        self.dim = dim
+        self.entries = seen.offsets.shape[0] * cache.heads
+        self.bags = self.entries * layout.chunks * rows
+        self._buffer: ScoreBuffer | None = None
+        self._places: tuple[Tensor, ...] = ()
+
+    def buffer(self, q: Tensor, k_rows: Tensor) -> ScoreBuffer:
+        if self._buffer is None or self._buffer.shares.dtype != q.dtype:
+            self._buffer = ScoreBuffer.of(self.plan, self.layout, self.entries, self.num_rows, q, k_rows)
+        return self._buffer
+
+    def token_index(self, first: Tensor, rows: int, out: Tensor) -> Tensor:
+        """int32 `[b * chunks * rows * width]`: the token of every share, for `rows` rows of queries.
+
+        first: int32 `[b, chunks, cache rows]`, the first token of every row.
+        """
+        layout = self.layout
+        shape = (-1, layout.heads, layout.chunks, rows, layout.rows, layout.tokens)
+        first = first.view(-1, layout.heads, layout.chunks, 1, layout.rows, 1).expand(-1, -1, -1, rows, -1, -1)
+        torch.add(first, self.seen.offsets.unsqueeze(3), out=out.view(shape))
+        return out
+
+    def finish(self, buffer: ScoreBuffer, tokens: Tensor, lse: bool) -> tuple[Tensor, Tensor | None]:
+        """From the scores of the buffer and the values of all tokens: out `[b, r, D]`, and lse `[b, r]` if wanted."""
+        layout, scores, shares = self.layout, buffer.scores, buffer.shares
+        self.seen.hide(scores)
+        total: Tensor | None = None
+        log_total: Tensor | None = None
+        if layout.chunks == 1:
+            torch.ops.aten._softmax.out(scores, -1, False, out=shares)
+            if lse:
+                log_total = scores.amax(-1) - shares.amax(-1).log()  # the largest share is exp(largest score - lse)
+        else:
+            largest = scores.amax((1, 3), keepdim=True)
+            torch.exp(scores.sub_(largest), out=shares)
+            total = shares.sum((1, 3), keepdim=True)
+            log_total = largest.add_(total.log()) if lse else None
+        if self.takes_bags(shares, tokens):
+            # The operator of torch.embedding_bag, without the checks and views of its Python function.
+            out = torch.ops.aten._embedding_bag_forward_only(
+                tokens, self.bag_index(), self.bag_starts(), False, 0, False, buffer.shares_flat, False, -1
+            )[0]
+        else:
+            out = self._products(shares, tokens)
+        if total is None:
+            out = out.view(self.entries, self.num_rows, self.dim)
+        else:
+            out = out.view(self.entries, layout.chunks, self.num_rows, self.dim).sum(1)
+            out.div_(total.view(self.entries, self.num_rows, 1))
+        return out, None if log_total is None else log_total.view(self.entries, self.num_rows)
+
+    def takes_bags(self, shares: Tensor, tokens: Tensor) -> bool:
+        """Whether a bag of rows adds values up faster than a gather and a product."""
+        return (
+            shares.device.type == "cpu" and self.num_rows <= _BAG_ROWS and shares.dtype == tokens.dtype == torch.float32
+        )
+
+    def bag_starts(self) -> Tensor:
+        key = ("starts", self.bags, self.layout.width)
+        return self.plan.memory.once(
+            key, lambda: torch.arange(0, self.bags * self.layout.width, self.layout.width, dtype=torch.int32)
+        )
+
+    def bag_index(self) -> Tensor:
+        raise NotImplementedError
+
+    def first_tokens(self) -> Tensor:
+        raise NotImplementedError
+
+    def _products(self, shares: Tensor, tokens: Tensor) -> Tensor:
+        """Values gathered by token, as many entries at once as keys."""
+        layout = self.layout
+        shares = shares.view(-1, *shares.shape[2:])
+        first = self.first_tokens()
+        index = self.token_index(first, 1, first.new_empty(shares.shape[0] * layout.width))
+        together = entries.gathered_together(layout.width * self.dim)
+        out = shares.new_empty(*shares.shape[:2], self.dim)
+        for share, part, place in zip(
+            shares.split(together), out.split(together), index.split(together * layout.width)
+        ):
+            values = tokens.index_select(0, place).view(share.shape[0], -1, self.dim)
+            torch.bmm(share, values.to(share.dtype), out=part)
+        return out
 
 
-def _forced_row(index_q: Tensor, current: int, topk_blocks: int, init_blocks: int, local_blocks: int) -> Tensor:
-    """int32 `[1, Hi, topk]` with the forced blocks in their places."""
-    free = [-1] * (topk_blocks - init_blocks - local_blocks)
-    ids = [*range(init_blocks), *free, *range(current + 1 - local_blocks, current + 1)]
-    return torch.tensor(ids, dtype=torch.int32, device=index_q.device).repeat(1, index_q.shape[1], 1)
+class Dense(_Attention):
+    """All new queries of a sequence over all of its tokens: `plan` holds sequences of the same number of queries."""
+
+    def __init__(self, plan: PagedPlan, cache: CacheRows, dim: int, group: int) -> None:
+        device, requests = plan.page_table.device, plan.requests
+        self.queries = requests[0].num_queries
+        rows = -(-max(r.length for r in requests) // cache.tokens)
+        layout = Layout.of(cache, rows, dim)
+        seen = Seen(
+            [range(r.position(0) + 1, r.length + 1) for r in requests], [r.length for r in requests], layout, group,
+            device,
+        )  # fmt: skip
+        super().__init__(plan, cache, layout, seen, self.queries * group, dim)
+        # One short sequence in pages that follow each other: longer ones gain nothing from reading keys in place.
+        self._follows: int | None = None
+        if self.queries == len(requests) == layout.chunks == cache.per_page:
+            self._follows = plan.first_page(cache)
+        self.found = _padded(plan.head_rows(cache), layout).view(self.entries, layout.chunks, layout.rows)
+        self._index: Tensor | None = None
+
+    def first_tokens(self) -> Tensor:
+        return (self.found * self.layout.tokens).int()
+
+    def bag_index(self) -> Tensor:
+        if self._index is None:  # the same in every layer
+            first = self.first_tokens()
+            self._index = self.token_index(first, self.num_rows, first.new_empty(self.bags * self.layout.width))
+        return self._index
+
+    def __call__(self, q: Tensor, k_rows: Tensor, v_tokens: Tensor, lse: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Scaled `q` `[T, Hq, D]` -> out of its shape, and lse `[T, Hq]` if it is wanted."""
+        buffer = self.buffer(q, k_rows)
+        if self.queries > 1:
+            grouped = q.view(-1, self.queries, self.cache.heads, q.shape[1] // self.cache.heads, self.dim)
+            turned = grouped.transpose(1, 2)  # [n, Hkv, queries, G, D]
+            self._gather(buffer, turned.reshape(q.shape), k_rows)
+            out, log_total = self.finish(buffer, v_tokens, lse)
+            out = out.view(turned.shape).transpose(1, 2).reshape(q.shape)
+            if log_total is None:
+                return out, None
+            return out, log_total.view(turned.shape[:-1]).transpose(1, 2).reshape(q.shape[:2])
+        if self._follows is not None and q.dtype == k_rows.dtype:
+            self._score_in_place(buffer, q, k_rows, self._follows)
+        else:
+            self._gather(buffer, q, k_rows)
+        out, log_total = self.finish(buffer, v_tokens, lse)
+        return out.view(q.shape), None if log_total is None else log_total.view(q.shape[:2])
+
+    def _gather(self, buffer: ScoreBuffer, q: Tensor, k_rows: Tensor) -> None:
+        self._places = self._places or buffer.split(self.found)
+        buffer.fill(q, k_rows, self._places)
+
+    def _score_in_place(self, buffer: ScoreBuffer, q: Tensor, k_rows: Tensor, first_page: int) -> None:
+        """Every page and head is a batch entry of one product."""
+        heads, _, pages, tokens = self.layout
+        keys = k_rows[first_page * heads : (first_page + pages) * heads].view(-1, tokens, self.dim)
+        queries = q.view(1, heads, -1, self.dim).expand(pages, -1, -1, -1).reshape(pages * heads, -1, self.dim)
+        scores = torch.bmm(queries, keys.transpose(1, 2)).view(pages, heads, -1, tokens)
+        buffer.scores.view(heads, -1, pages, tokens).copy_(scores.permute(1, 2, 0, 3))
 
 
-def index_keys(pages: Tensor, plan: PagedPlan, r: Request, num_keys: int, block_size: int) -> Tensor:
-    """The first `num_keys` index keys of a sequence, `[num_keys, Di]`: a view where its pages follow each other."""
-    page_size, dim = pages.shape[-2:]
-    first_page = plan.first_page(r)
-    if first_page is not None:
-        return pages.view(-1, dim)[first_page * page_size : first_page * page_size + num_keys]
-    cache = CacheRows.of(pages, block_size)
-    found = plan.rows(r, cache)[0, : -(-num_keys // cache.tokens)]
-    return cache.view(pages).index_select(0, found).view(-1, dim)[:num_keys]
+class Chosen(_Attention):
+    """Every query over its own chosen blocks: so many for all, the block of the query the last of them."""
+
+    def __init__(
+        self, plan: PagedPlan, cache: CacheRows, dim: int, group: int, block_size: int, num_blocks: int
+    ) -> None:
+        device = plan.page_table.device
+        seen, stored = [], []
+        for r in plan.requests:
+            for position in range(r.position(0), r.length):
+                first = position // block_size * block_size  # of the last block
+                seen.append([(num_blocks - 1) * block_size + position - first + 1])
+                stored.append((num_blocks - 1) * block_size + min(block_size, r.length - first))
+        layout = Layout.of(cache, num_blocks * cache.per_block, dim)
+        super().__init__(plan, cache, layout, Seen(seen, stored, layout, group, device), group, dim)
+        rows = plan.head_rows(cache)
+        each = [n for n, r in enumerate(plan.requests) for _ in range(r.num_queries)]
+        if each != list(range(len(plan.requests))):
+            rows = rows.view(-1, cache.heads, rows.shape[1])[torch.tensor(each, device=device)].flatten(0, 1)
+        self.rows = rows
+        self.tokens = (rows * cache.tokens).int()
+        self.found = rows.new_empty(self.entries, layout.chunks * layout.rows)
+        self.first = self.tokens.new_empty(self.entries, layout.chunks * layout.rows)
+        size = self.bags * layout.width
+        self._index = plan.memory.take("bag index", size, torch.int32, device)
+        shape = (-1, layout.heads, layout.chunks, group, layout.rows, layout.tokens)
+        first = self.first.view(-1, layout.heads, layout.chunks, 1, layout.rows, 1).expand(-1, -1, -1, group, -1, -1)
+        self._add = first, self.seen.offsets.unsqueeze(3), self._index.view(shape)
+
+    def first_tokens(self) -> Tensor:
+        return self.first
+
+    def bag_index(self) -> Tensor:
+        first, offsets, out = self._add
+        torch.add(first, offsets, out=out)
+        return self._index
+
+    def __call__(
+        self, q: Tensor, k_rows: Tensor, v_tokens: Tensor, ids: Tensor, lse: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scaled `q` `[T, Hq, D]` and `ids` int64 `[T, Hkv, K]` -> out of the shape of `q`, and lse `[T, Hq]`."""
+        logical = self.cache.of_blocks(ids).view(self.entries, -1)
+        if self.cache.per_block > 1:
+            logical = logical.clamp(max=self.rows.shape[1] - 1)
+        missing = self.found.shape[1] - logical.shape[1]
+        if missing:
+            logical = torch.cat([logical, logical[:, -1:].expand(-1, missing)], 1)
+        torch.gather(self.rows, 1, logical, out=self.found)
+        torch.gather(self.tokens, 1, logical, out=self.first)
+        buffer = self.buffer(q, k_rows)
+        self._places = self._places or buffer.split(self.found.view(self.entries, self.layout.chunks, -1))
+        buffer.fill(q, k_rows, self._places)
+        out, log_total = self.finish(buffer, v_tokens, lse)
+        return out.view(q.shape), None if log_total is None else log_total.view(q.shape[:2])
 
 
-def attend_dense(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PagedPlan, r: Request, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend all tokens of a sequence: (out `[1, Hq, D]`, lse `[1, Hq]`)."""
-    first_page = plan.first_page(r)
-    if first_page is not None:
-        return attend_pages(q, k_pages, v_pages, first_page, r.length, scale)
-    cache = CacheRows.of(k_pages, k_pages.shape[-2])
-    return attend_rows(q, cache.view(k_pages), cache.view(v_pages), plan.rows(r, cache), r.length, scale, plan)
+def _padded(listed: Tensor, layout: Layout) -> Tensor:
+    """Rows `[n, rows]` of every sequence, filled up or cut to those of the layout."""
+    size = layout.chunks * layout.rows
+    if listed.shape[1] >= size:
+        return listed[:, :size].contiguous()
+    return torch.cat([listed, listed[:, -1:].expand(-1, size - listed.shape[1])], 1)
 
 
-def attend_pages(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, first_page: int, length: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Attend `length` tokens in pages that follow each other, where they lie.
+class Choice:
+    """Block selection for sequences with the same number of queries, each with more blocks than the budget takes."""
 
-    Every page and head is a batch entry of the products. Past the end of the sequence scores are hidden and values
-    left out, since a share of zero would not cancel a NaN.
-    """
-    heads, page_size, dim = k_pages.shape[1:]
-    whole = (length - 1) // page_size
-    last, tail = first_page + whole, length - whole * page_size
-    grouped = (q * scale).view(heads, -1, dim)
-    last_values = v_pages[last, :, :tail].to(q.dtype)
-    if not whole:
-        return _attend(grouped, k_pages[last, :, :tail].to(q.dtype), last_values, q)
-    keys = k_pages[first_page : last + 1].view(-1, page_size, dim).to(q.dtype)
-    queries = grouped.expand(whole + 1, -1, -1, -1).reshape(keys.shape[0], -1, dim)
-    scores = torch.bmm(queries, keys.transpose(1, 2)).view(whole + 1, heads, -1, page_size)
-    scores[whole, :, :, tail:] = -torch.inf
-    largest = scores.amax((0, 3)).unsqueeze(-1)
-    shares = scores.sub_(largest).exp_()
-    total = shares.sum((0, 3)).unsqueeze(-1)
-    values = v_pages[first_page:last].view(-1, page_size, dim).to(q.dtype)
-    out = torch.bmm(shares[:whole].view(values.shape[0], -1, page_size), values).view(whole, *grouped.shape).sum(0)
-    out = torch.baddbmm(out, shares[whole, :, :, :tail], last_values).div_(total)
-    return out.view(q.shape), largest.add_(total.log_()).view(q.shape[:2])
+    def __init__(
+        self, plan: PagedPlan, cache: CacheRows, dim: int, heads: int, *, block_size: int, topk_blocks: int,
+        init_blocks: int, local_blocks: int, score_type: str,
+    ) -> None:  # fmt: skip
+        assert local_blocks
+        device, requests = plan.page_table.device, plan.requests
+        self.plan, self.cache, self.block_size, self.score_type = plan, cache, block_size, score_type
+        self.heads, self.queries, self.init_blocks = heads, requests[0].num_queries, init_blocks
+        self.free = slice(init_blocks, topk_blocks - local_blocks)
+        current = [[r.position(i) // block_size for i in range(self.queries)] for r in requests]
+        assert min(map(min, current)) >= topk_blocks
+        # Forced blocks are not scored: those between the first and the local ones compete for what is left.
+        self.stop = max(map(max, current)) + 1 - local_blocks
+        self.layout = Layout.of(cache, self.stop * cache.per_block, dim, cache.per_block)
+        found = _padded(plan.head_rows(cache), self.layout)
+        self.found = found.view(-1, self.layout.chunks, self.layout.rows)
+        self._follows = plan.first_page(cache) if len(requests) == 1 else None
+        now = torch.tensor(current, device=device).view(len(requests), self.queries, 1, 1)
+        self.hidden: Tensor | None = None
+        if min(map(min, current)) + 1 - local_blocks < self.stop:
+            self.hidden = torch.arange(init_blocks, self.stop, device=device) > now - local_blocks
+        ids = torch.arange(topk_blocks, device=device) - topk_blocks + 1 + now.flatten(0, 1)
+        ids[..., :init_blocks] = torch.arange(init_blocks, device=device)
+        self.forced = ids.expand(-1, heads, -1).contiguous()
+
+    def __call__(self, index_q: Tensor, rows: Tensor) -> Tensor:
+        """Scaled `index_q` `[T, Hi, Di]` -> int64 `[T, Hi, topk]`, ascending."""
+        layout = self.layout
+        if self._follows is not None and rows.dtype == index_q.dtype:
+            first, num_keys = self._follows * self.cache.per_page * layout.tokens, self.stop * self.block_size
+            keys = rows.view(-1, index_q.shape[2])[first : first + num_keys]
+            scores = F.linear(index_q.view(-1, index_q.shape[2]), keys).view(1, 1, -1, self.stop, self.block_size)
+        else:
+            count = self.queries * self.heads
+            buffer = ScoreBuffer.of(self.plan, layout, self.found.shape[0], count, index_q, rows)
+            scores = buffer.fill(index_q, rows, buffer.split(self.found))
+            scores = scores.view(*scores.shape[:3], -1, self.block_size)
+        best = scores.amax(-1) if self.score_type == "max" else scores.logsumexp(-1)
+        if best.shape[1] > 1:
+            best = best.transpose(1, 2).flatten(2)
+        best = best.reshape(-1, self.queries * self.heads, best.shape[-1])
+        if self.init_blocks or self.stop < best.shape[-1]:
+            best = best[..., self.init_blocks : self.stop]
+        if self.hidden is not None:
+            best = best.unflatten(1, (self.queries, self.heads)).masked_fill(self.hidden, -torch.inf)
+        # Stable: of equal scores the lower id comes first.
+        order = best.sort(dim=-1, descending=True, stable=True).indices
+        chosen = order[..., : self.free.stop - self.free.start].sort(-1).values
+        ids = self.forced.clone()
+        ids[..., self.free] = (chosen + self.init_blocks if self.init_blocks else chosen).reshape(*ids.shape[:2], -1)
+        return ids
 
 
-def _attend(grouped: Tensor, keys: Tensor, values: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
-    """Scaled queries `[Hkv, G, D]` against keys and values `[Hkv, s, D]`; the results are shaped for `q`."""
-    scores = torch.bmm(grouped, keys.transpose(1, 2))
-    shares = scores.softmax(-1)
-    return torch.bmm(shares, values).view(q.shape), _lse(scores, shares).view(q.shape[:2])
-
-
-def _lse(scores: Tensor, shares: Tensor) -> Tensor:
-    """From scores and their softmax: the largest share is exp(largest score - lse)."""
-    return scores.amax(-1) - shares.amax(-1).log()
-
-
-def attend_rows(
-    q: Tensor, k_rows: Tensor, v_rows: Tensor, found: Tensor, length: int, scale: float, plan: PagedPlan
-) -> tuple[Tensor, Tensor]:
-    """Attend the first `length` tokens of the cache rows `found` `[Hkv, n]`, gathered a few heads at a time."""
-    heads, num_rows = found.shape
-    dim, width = q.shape[-1], k_rows.shape[1]
-    together = max(1, min(heads, _GATHERED_ELEMENTS * torch.get_num_threads() // (num_rows * width)))
-    while heads % together:
-        together -= 1
-    places = found.view(heads // together, -1).unbind()
-    gathered = plan.scratch(together * num_rows * width, k_rows).view(-1, width)
-    tokens = gathered.view(together, -1, dim)[:, :length]
-    grouped = (q * scale).view(heads, -1, dim)
-    scores = grouped.new_empty(*grouped.shape[:2], length)
-    for place, query, score in zip(places, grouped.split(together), scores.split(together)):
-        torch.index_select(k_rows, 0, place, out=gathered)
-        torch.bmm(query, tokens.to(q.dtype).transpose(1, 2), out=score)
-    shares = scores.softmax(-1)
-    out = torch.empty_like(grouped)
-    for place, share, part in zip(places, shares.split(together), out.split(together)):
-        torch.index_select(v_rows, 0, place, out=gathered)
-        torch.bmm(share, tokens.to(q.dtype), out=part)
-    return out.view(q.shape), _lse(scores, shares).view(q.shape[:2])
+def wide(q: Tensor) -> Tensor:
+    """`q` in the dtype computed in, without a graph."""
+    return q.detach().to(at_least_fp32(q.dtype))

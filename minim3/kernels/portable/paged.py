@@ -1,25 +1,25 @@
 """Attention and selection over paged keys: decoding, verification of several tokens, and prefill in chunks.
 
-Keys of one KV head are gathered by whole cache rows (`plan`), or read where they lie; what lies past the end of a
-sequence is sliced off or masked before any product, so its content never matters. Sequences with few new tokens take
-the row paths; the others are gathered and handed to the packed forms.
+Sequences with few new tokens run all at once (`decode`), in parts of a like form; the others are gathered and handed
+to the packed forms. What lies past the end of a sequence is sliced off or masked, so its content never matters.
 Shapes as in the reference: pages `[P, Hkv, page, D]`, index key pages `[P, page, Di]`, `page_table` `[N, max_pages]`.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from minim3.kernels.portable import attention, decode, select
-from minim3.kernels.portable.plan import CacheRows, PagedPlan, Request
-from minim3.kernels.sequences import Lengths, at_least_fp32, check_selection
+from minim3.kernels.portable.plan import CacheRows, PagedPlan, Part, Request
+from minim3.kernels.sequences import Lengths, check_selection
 
-_FEW_TOKENS = 8
-"""Sequences with at most this many new tokens take the row paths."""
+FEW_TOKENS = 8
+"""Sequences with at most this many new tokens run in parts, all at once."""
 
-_BATCH_ELEMENTS = 1 << 20
-"""Up to this many gathered key elements sequences are padded and batched; beyond, one at a time stays in cache."""
+_PART_SCORES = 1 << 23
+"""Scores of a part: 32 MiB in fp32."""
 
 
 # Selection
@@ -33,62 +33,69 @@ def select_blocks_paged(
     """See the reference."""
     check_selection(block_size, topk_blocks, init_blocks, local_blocks, score_type)
     plan = _plan(plan, page_table, lengths_k, cu_seqlens_q, index_k_pages.shape[-2])
-    requests = plan.requests
     scale = index_q.shape[-1] ** -0.5 if scale is None else scale
-    only = plan.only_query
-    if only is not None and local_blocks and only.length > topk_blocks * block_size:
-        return decode.select_row(
-            index_q, index_k_pages, plan, only, block_size=block_size, topk_blocks=topk_blocks,
-            init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
-        )  # fmt: skip
-    dtype = at_least_fp32(index_q.dtype)
-    heads = index_q.shape[1]
+    queries = decode.wide(index_q) * scale
+    selection: dict[str, Any] = {
+        "block_size": block_size, "topk_blocks": topk_blocks, "init_blocks": init_blocks,
+        "local_blocks": local_blocks, "score_type": score_type,
+    }  # fmt: skip
+    parts, others = _selection_parts(plan, block_size, topk_blocks, index_q.shape[1], local_blocks)
+    if len(parts) == 1 and parts[0].rows is None:
+        ids = choose(parts[0].plan, queries, index_k_pages, selection).int()
+        plan.own_choice = ids
+        return ids
+    current = plan.once(("current", block_size), lambda: _positions(plan.requests, index_q.device) // block_size)
+    out = select.all_blocks(current, index_q.shape[1], topk_blocks)
+    for part in parts:
+        assert part.rows is not None
+        out.index_copy_(0, part.rows, choose(part.plan, part.take(queries), index_k_pages, selection).int())
     cache = CacheRows.of(index_k_pages, block_size)
-    index_k = cache.view(index_k_pages)
-    current = plan.once(("current", block_size), lambda: _positions(requests, index_q.device) // block_size)
-    out = select.all_blocks(current, heads, topk_blocks)
-    batches: dict[int, list[Request]] = {}
-    for r in requests:
-        if (r.length - 1) // block_size < topk_blocks:
-            continue
-        if r.num_queries > _FEW_TOKENS or not local_blocks:
-            found = plan.rows(r, cache)[0]
-            keys = index_k.index_select(0, found).view(-1, index_k_pages.shape[-1])[: r.length]
-            out[r.rows] = select.select_blocks(
-                index_q[r.rows], keys, [0, r.num_queries], [0, r.length], block_size=block_size,
-                topk_blocks=topk_blocks, init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type,
-                scale=scale,
-            )  # fmt: skip
-        else:
-            batches.setdefault(r.num_queries, []).append(r)
-    for num_queries, group in batches.items():
-        blocks = max((r.length - 1) // block_size for r in group)  # complete ones: the own block is forced
-        logical = torch.arange(blocks * cache.per_block, device=index_q.device)
-        whole = len(group) == len(requests) == page_table.shape[0]
-        if whole:
-            queries, now = index_q.view(len(group), num_queries, heads, -1), current
-        else:
-            rows = torch.tensor([i for r in group for i in range(r.q_start, r.q_start + num_queries)])
-            rows = rows.to(index_q.device)
-            queries = index_q.index_select(0, rows).view(len(group), num_queries, heads, -1)
-            now = current.index_select(0, rows)
-        if len(group) == 1:
-            keys = decode.index_keys(index_k_pages, plan, group[0], blocks * block_size, block_size).to(dtype)
-            # A row of scores a query and head: [1, heads, keys]
-            scores = (queries.to(dtype).flatten(0, 2) @ keys.t()).view(1, num_queries * heads, blocks, block_size)
-        else:
-            table = page_table if whole else page_table[[r.sequence for r in group]]
-            found = cache.physical(table, logical.expand(len(group), -1))
-            keys = index_k.index_select(0, found.flatten()).view(len(group), blocks * block_size, -1).to(dtype)
-            scores = torch.bmm(queries.to(dtype).flatten(1, 2), keys.transpose(1, 2))
-            scores = scores.view(len(group), num_queries * heads, blocks, block_size)
-        best = scores.amax(-1).mul_(scale) if score_type == "max" else scores.mul_(scale).logsumexp(-1)
-        best = torch.nn.functional.pad(best.view(len(group) * num_queries, heads, blocks), (0, 1))
-        ids = select.best_blocks(best, now, topk_blocks, init_blocks, local_blocks)
-        if whole:
-            return ids
-        out[rows] = ids
+    for r in others:
+        keys = cache.view(index_k_pages).index_select(0, plan.rows(r, cache)[0]).view(-1, index_k_pages.shape[-1])
+        out[r.rows] = select.select_blocks(
+            queries[r.rows], keys[: r.length], [0, r.num_queries], [0, r.length], scale=1.0, **selection
+        )
+    plan.own_choice = out if local_blocks else None
     return out
+
+
+def choose(plan: PagedPlan, queries: Tensor, index_k_pages: Tensor, selection: dict[str, Any]) -> Tensor:
+    """int64 `[T, Hi, topk]` from scaled `queries`, for a plan whose queries all have more blocks than the budget."""
+    cache = CacheRows.of(index_k_pages, selection["block_size"])
+    heads, dim = queries.shape[1:]
+    choice = plan.once(
+        ("choice", cache, heads, dim, *selection.values()),
+        lambda: decode.Choice(plan, cache, dim, heads, **selection),
+    )
+    return choice(queries, cache.view(index_k_pages))
+
+
+def _selection_parts(
+    plan: PagedPlan, block_size: int, topk_blocks: int, heads: int, local_blocks: int
+) -> tuple[list[Part], list[Request]]:
+    """The sequences to score all at once, and those to score one by one; the rest take all blocks they have."""
+
+    def make() -> tuple[list[Part], list[Request]]:
+        budget = topk_blocks * block_size
+        over = [r for r in plan.requests if r.length > budget]
+        few = [r for r in over if local_blocks and r.num_queries <= FEW_TOKENS and r.position(0) >= budget]
+        return _parts(plan, few, heads), [r for r in over if r not in few]
+
+    return plan.once(("selection parts", block_size, topk_blocks, heads, local_blocks), make)
+
+
+def _parts(plan: PagedPlan, requests: Sequence[Request], heads: int) -> list[Part]:
+    """Parts of as many queries a sequence and of like length, so that little is padded; scores stay within bounds."""
+    parts: list[list[Request]] = []
+    for r in sorted(requests, key=lambda r: (r.num_queries, r.length)):
+        scores = r.num_queries * heads * r.length
+        first = parts[-1][0] if parts else None
+        if first is None or first.num_queries != r.num_queries or r.length > 2 * first.length or (
+            (len(parts[-1]) + 1) * scores > _PART_SCORES
+        ):  # fmt: skip
+            parts.append([])
+        parts[-1].append(r)
+    return [plan.part(sorted(part, key=lambda r: r.q_start)) for part in parts]
 
 
 def _positions(requests: Sequence[Request], device: torch.device) -> Tensor:
@@ -108,44 +115,101 @@ def _plan(
 # Attention
 
 
+class StepAttention:
+    """Selection and attention of one step of few new tokens, for all layers of one kind. See `of`."""
+
+    def __init__(self, parts: Sequence[tuple[Part, decode.Choice | None, decode.Chosen | decode.Dense]]) -> None:
+        self._parts = parts
+
+    @classmethod
+    def of(
+        cls, plan: PagedPlan, cache: CacheRows, group: int, dim: int,
+        indexer: tuple[CacheRows, int, int, dict[str, Any]] | None,
+    ) -> "StepAttention | None":  # fmt: skip
+        """For a layer with `cache.heads` KV heads, each shared by `group` query heads of `dim`.
+
+        indexer: the rows of its index keys, its heads, their dimension and its selection; None for full attention.
+        Returns None where some sequence has many new tokens, or some of its queries are beyond the budget and some not.
+        """
+        if any(r.num_queries > FEW_TOKENS for r in plan.requests):
+            return None
+        over: list[Request] = []
+        parts: list[tuple[Part, decode.Choice | None, decode.Chosen | decode.Dense]] = []
+        if indexer is not None:
+            rows, index_heads, index_dim, selection = indexer
+            block_size, num_blocks = selection["block_size"], selection["topk_blocks"]
+            budget = block_size * num_blocks
+            over = [r for r in plan.requests if r.length > budget]
+            if over and (not selection["local_blocks"] or any(r.position(0) < budget for r in over)):
+                return None
+            for part in _parts(plan, over, cache.heads * group):
+                choice = decode.Choice(part.plan, rows, index_dim, index_heads, **selection)
+                chosen = decode.Chosen(part.plan, cache, dim, group, block_size, num_blocks)
+                parts.append((part, choice, chosen))
+        others = [r for r in plan.requests if r not in over]
+        for part in _parts(plan, others, cache.heads * group):
+            parts.append((part, None, decode.Dense(part.plan, cache, dim, group)))
+        return cls(parts)
+
+    def __call__(
+        self, q: Tensor, index_q: Tensor | None, k_rows: Tensor, v_tokens: Tensor, index_rows: Tensor | None
+    ) -> Tensor:
+        """Scaled `q` `[T, Hq, D]` and `index_q` `[T, Hi, Di]` -> out of the shape of `q`."""
+        out: Tensor | None = None
+        for part, choice, attention_of in self._parts:
+            if isinstance(attention_of, decode.Dense):
+                found, _ = attention_of(part.take(q), k_rows, v_tokens)
+            else:
+                assert choice is not None
+                assert index_q is not None
+                assert index_rows is not None
+                ids = choice(part.take(index_q), index_rows)
+                found, _ = attention_of(part.take(q), k_rows, v_tokens, ids)
+            if part.rows is None:
+                return found
+            out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+            out.index_copy_(0, part.rows, found)
+        assert out is not None
+        return out
+
+
 def paged_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
     scale: float | None = None, plan: PagedPlan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See the reference."""
     plan = _plan(plan, page_table, lengths_k, cu_seqlens_q, k_pages.shape[-2])
-    requests = plan.requests
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = at_least_fp32(q.dtype)
-    wide = q.detach().to(dtype)
-    if plan.only_query is not None:
-        out, lse = decode.attend_dense(wide, k_pages, v_pages, plan, plan.only_query, scale)
+    queries = decode.wide(q) * scale
+    heads = q.shape[1]
+    few = [r for r in plan.requests if r.num_queries <= FEW_TOKENS]
+    parts = plan.once(("dense parts", heads), lambda: _parts(plan, few, heads))
+    if len(parts) == 1 and parts[0].rows is None:
+        out, lse = attend_all(parts[0].plan, queries, k_pages, v_pages, lse=True)
+        assert lse is not None
         return out.to(q.dtype), lse
+    out, lse = torch.empty_like(queries, memory_format=torch.contiguous_format), queries.new_empty(q.shape[:2])
+    for part in parts:
+        found = attend_all(part.plan, part.take(queries), k_pages, v_pages, lse=True)
+        _put(part, found, out, lse)
     cache = CacheRows.of(k_pages, k_pages.shape[-2])
-    k, v = cache.view(k_pages), cache.view(v_pages)
-    kv_heads, dim = k_pages.shape[1], q.shape[-1]
-    longest = max((r.length for r in requests), default=0)
-    counts = {r.num_queries for r in requests}
-    padded = len(requests) * kv_heads * (longest + cache.tokens) * dim
-    if len(requests) == page_table.shape[0] > 1 == len(counts) and max(counts) <= _FEW_TOKENS and (
-        padded <= _BATCH_ELEMENTS
-    ):  # fmt: skip
-        out, lse = _dense_batch(wide, k, v, cache, plan, scale)
-        return out.to(q.dtype), lse
-    out, lse = torch.empty_like(wide, memory_format=torch.contiguous_format), wide.new_empty(q.shape[:2])
-    for r in requests:
-        if r.num_queries == 1:
-            part = decode.attend_dense(wide[r.rows], k_pages, v_pages, plan, r, scale)
-        else:
-            keys, values = _gather((k, v), cache, plan.rows(r, cache), r.length, dtype)
-            part = attention.varlen_attention(
-                wide[r.rows], keys.transpose(0, 1), values.transpose(0, 1), [0, r.num_queries], [0, r.length],
-                scale=scale,
-            )  # fmt: skip
-        if len(requests) == 1:
-            return part[0].to(q.dtype), part[1]
-        out[r.rows], lse[r.rows] = part
+    for r in plan.requests:
+        if r.num_queries > FEW_TOKENS:
+            keys, values = _gather(k_pages, v_pages, cache, plan.rows(r, cache), r.length, queries.dtype)
+            out[r.rows], lse[r.rows] = attention.varlen_attention(
+                queries[r.rows], keys, values, [0, r.num_queries], [0, r.length], scale=1.0
+            )
     return out.to(q.dtype), lse
+
+
+def attend_all(
+    plan: PagedPlan, queries: Tensor, k_pages: Tensor, v_pages: Tensor, lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled queries of a plan with as many of them a sequence, over all of its tokens: (out, lse if wanted)."""
+    cache = CacheRows.of(k_pages, k_pages.shape[-2])
+    group, dim = queries.shape[1] // cache.heads, queries.shape[2]
+    dense = plan.once(("dense", cache, group, dim), lambda: decode.Dense(plan, cache, dim, group))
+    return dense(queries, cache.view(k_pages), cache.view(v_pages).view(-1, dim), lse)
 
 
 def block_sparse_attention_paged(
@@ -154,68 +218,127 @@ def block_sparse_attention_paged(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See the reference."""
     plan = _plan(plan, page_table, lengths_k, cu_seqlens_q, k_pages.shape[-2])
-    requests = plan.requests
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    dtype = at_least_fp32(q.dtype)
-    cache = CacheRows.of(k_pages, block_size)
-    k, v = cache.view(k_pages), cache.view(v_pages)
-    wide = q.detach().to(dtype)
-    dim = q.shape[-1]
-    few = [(r, i) for r in requests if r.num_queries <= _FEW_TOKENS for i in range(r.num_queries)]
-    if len(few) == q.shape[0] > 1 and len(few) * cache.heads * block_indices.shape[2] * block_size * dim <= (
-        _BATCH_ELEMENTS
-    ):  # fmt: skip
-        out, lse = _sparse_batch(wide, k, v, cache, page_table, few, block_indices, block_size, scale)
+    queries = decode.wide(q) * scale
+    if block_indices is not plan.own_choice:
+        block_indices = _without_unused(block_indices)
+    chosen, whole, rest = _sparse_parts(plan, block_indices, block_size, q.shape[1])
+    if len(chosen) == 1 and chosen[0].rows is None:
+        out, lse = attend_chosen(plan, queries, k_pages, v_pages, block_indices.long(), block_size, lse=True)
+        assert lse is not None
         return out.to(q.dtype), lse
-    out, lse = torch.empty_like(wide, memory_format=torch.contiguous_format), wide.new_empty(q.shape[:2])
-    for r, query in few:
-        at = slice(r.q_start + query, r.q_start + query + 1)
-        ids, position = block_indices[at], r.position(query)
-        chosen = _local_last(ids[0], position // block_size)
-        if chosen is None:  # the current block comes earlier, or heads chose different numbers
-            part = _sparse_batch(wide[at], k, v, cache, page_table, [(r, query)], ids, block_size, scale)
-        else:
-            seen = (chosen - 1) * block_size + position % block_size + 1
-            logical = cache.of_blocks(ids[0, :, :chosen].long())[:, : -(-seen // cache.tokens)]
-            found = plan.rows(r, cache).gather(1, logical)
-            part = decode.attend_rows(wide[at], k, v, found, seen, scale, plan)
-        if q.shape[0] == 1:
-            return part[0].to(q.dtype), part[1]
-        out[at], lse[at] = part
-    for r in requests:
-        if r.num_queries <= _FEW_TOKENS:
+    out, lse = torch.empty_like(queries, memory_format=torch.contiguous_format), queries.new_empty(q.shape[:2])
+    for part in chosen:
+        ids = part.take(block_indices).long()
+        _put(part, attend_chosen(part.plan, part.take(queries), k_pages, v_pages, ids, block_size, True), out, lse)
+    for part in whole:
+        _put(part, attend_all(part.plan, part.take(queries), k_pages, v_pages, True), out, lse)
+    few = [(r, i) for r in rest if r.num_queries <= FEW_TOKENS for i in range(r.num_queries)]
+    step = max(1, _PART_SCORES // (block_indices.shape[1] * block_indices.shape[2] * block_size * q.shape[2]))
+    cache = CacheRows.of(k_pages, block_size)
+    for start in range(0, len(few), step):
+        some = few[start : start + step]
+        at = torch.tensor([r.q_start + i for r, i in some], device=q.device)
+        part_out, part_lse = _sparse_batch(
+            queries[at], cache.view(k_pages), cache.view(v_pages), cache, page_table, some, block_indices[at],
+            block_size, 1.0,
+        )  # fmt: skip
+        out.index_copy_(0, at, part_out)
+        lse.index_copy_(0, at, part_lse)
+    for r in rest:
+        if r.num_queries <= FEW_TOKENS:
             continue
-        keys, values = _gather((k, v), cache, plan.rows(r, cache), r.length, dtype)
+        keys, values = _gather(k_pages, v_pages, cache, plan.rows(r, cache), r.length, queries.dtype)
         out[r.rows], lse[r.rows] = attention.block_sparse_attention(
-            wide[r.rows], keys.transpose(0, 1), values.transpose(0, 1), block_indices[r.rows], [0, r.num_queries],
-            [0, r.length], block_size=block_size, scale=scale,
+            queries[r.rows], keys, values, block_indices[r.rows], [0, r.num_queries], [0, r.length],
+            block_size=block_size, scale=1.0,
         )  # fmt: skip
     return out.to(q.dtype), lse
 
 
+def attend_chosen(
+    plan: PagedPlan, queries: Tensor, k_pages: Tensor, v_pages: Tensor, ids: Tensor, block_size: int, lse: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Scaled queries over their own blocks: `ids` int64 `[T, Hkv, K]`, none missing, the own block last."""
+    cache = CacheRows.of(k_pages, block_size)
+    group, dim, num_blocks = queries.shape[1] // cache.heads, queries.shape[2], ids.shape[2]
+    chosen = plan.once(
+        ("chosen", cache, group, dim, num_blocks),
+        lambda: decode.Chosen(plan, cache, dim, group, block_size, num_blocks),
+    )
+    return chosen(queries, cache.view(k_pages), cache.view(v_pages).view(-1, dim), ids, lse)
+
+
+def _sparse_parts(
+    plan: PagedPlan, ids: Tensor, block_size: int, heads: int
+) -> tuple[list[Part], list[Part], list[Request]]:
+    """(parts that attend a full budget with the own block last, parts that attend everything, what is left)."""
+    budget = ids.shape[2] * block_size
+    few = [r for r in plan.requests if r.num_queries <= FEW_TOKENS]
+    if ids is not plan.own_choice:
+        if len(few) < len(plan.requests) or not _own_block_last(ids, plan, block_size):
+            return [], [], plan.requests
+        full = few
+        return plan.once(("given", budget, heads), lambda: (_split(plan, full, heads * budget), [], []))
+
+    def make() -> tuple[list[Part], list[Part], list[Request]]:
+        full = [r for r in few if r.position(0) >= budget]
+        whole = [r for r in few if r.length <= budget]
+        rest = [r for r in plan.requests if r not in full and r not in whole]
+        return _split(plan, full, heads * budget), _parts(plan, whole, heads), rest
+
+    return plan.once(("sparse parts", budget, heads), make)
+
+
+def _split(plan: PagedPlan, requests: Sequence[Request], scores: int) -> list[Part]:
+    """Parts of as many sequences as stay within bounds at so many scores a query."""
+    parts: list[list[Request]] = []
+    left = 0
+    for r in requests:
+        if left < r.num_queries:
+            parts.append([])
+            left = max(_PART_SCORES // scores, r.num_queries)
+        parts[-1].append(r)
+        left -= r.num_queries
+    return [plan.part(part) for part in parts]
+
+
+def _own_block_last(ids: Tensor, plan: PagedPlan, block_size: int) -> bool:
+    """Whether every query's own block comes last, and only earlier ones come before it."""
+    current = plan.once(("current", block_size), lambda: _positions(plan.requests, ids.device) // block_size)
+    own, earlier = current[:, None, None], ids[..., :-1]
+    return bool((ids[..., -1:] == own).all() and ((earlier >= 0) & (earlier < own)).all())
+
+
+def _without_unused(ids: Tensor) -> Tensor:
+    """`[T, Hkv, K]` without the columns at the end that hold no block."""
+    used = (ids >= 0).flatten(0, 1).any(0).tolist()
+    while len(used) > 1 and not used[-1]:
+        used.pop()
+    return ids[..., : len(used)]
+
+
+def _put(part: Part, found: tuple[Tensor, Tensor | None], out: Tensor, lse: Tensor) -> None:
+    part_out, part_lse = found
+    assert part_lse is not None
+    if part.rows is None:
+        out.copy_(part_out)
+        lse.copy_(part_lse)
+    else:
+        out.index_copy_(0, part.rows, part_out)
+        lse.index_copy_(0, part.rows, part_lse)
+
+
 def _gather(
-    caches: tuple[Tensor, Tensor], cache: CacheRows, found: Tensor, length: int, dtype: torch.dtype
+    k_pages: Tensor, v_pages: Tensor, cache: CacheRows, found: Tensor, length: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of one sequence from rows `found` `[heads, rows]`: each `[heads, length, D]`, nothing past it."""
-    places = found.flatten()
+    """Keys and values of one sequence from rows `found` `[heads, rows]`: each `[length, heads, D]`, nothing past it."""
+    places, dim = found.flatten(), k_pages.shape[-1]
     k, v = (
-        x.index_select(0, places).view(cache.heads, -1, x.shape[1] // cache.tokens)[:, :length].to(dtype)
-        for x in caches
+        cache.view(x).index_select(0, places).view(cache.heads, -1, dim)[:, :length].to(dtype).transpose(0, 1)
+        for x in (k_pages, v_pages)
     )
     return k, v
-
-
-def _local_last(ids: Tensor, current: int) -> int | None:
-    """Number of blocks every head chose, if it is the same, the current block comes last and earlier ones before it."""
-    chosen: int | None = None
-    for head in ids.tolist():
-        count = len(head) - head.count(-1)
-        if (chosen is not None and count != chosen) or not count or head[count - 1] != current:
-            return None
-        if count > 1 and (min(head[: count - 1]) < 0 or max(head[: count - 1]) >= current):
-            return None
-        chosen = count
-    return chosen
 
 
 def _masked(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, unused: Tensor, scale: float) -> (
@@ -230,34 +353,6 @@ def _masked(q: Tensor, keys: Tensor, values: Tensor, hidden: Tensor, unused: Ten
     # The largest probability is exp(largest score - lse); exponentials of -inf would be slow outside the softmax.
     lse = scores.amax(-1) - probabilities.amax(-1).log()
     return torch.matmul(probabilities, values.masked_fill_(unused, 0.0)), lse
-
-
-def _dense_batch(
-    q: Tensor, k: Tensor, v: Tensor, cache: CacheRows, plan: PagedPlan, scale: float
-) -> tuple[Tensor, Tensor]:
-    """All sequences at once, padded to the longest; each has the same number of queries."""
-    count, queries, dim = len(plan.requests), plan.requests[0].num_queries, q.shape[-1]
-    rows = q.view(count, queries, cache.heads, -1, dim).transpose(1, 2)  # [n, Hkv, queries, G, D]
-    group = rows.shape[3]
-    found, hidden, unused = plan.once(("dense batch", cache, group), lambda: _dense_tables(cache, plan, group))
-    keys, values = (x.index_select(0, found).view(count, cache.heads, -1, dim).to(q.dtype) for x in (k, v))
-    out, lse = _masked(rows.flatten(2, 3), keys, values, hidden, unused, scale)
-    out, lse = (x.unflatten(2, (queries, group)).transpose(1, 2) for x in (out, lse))
-    return out.reshape(q.shape), lse.reshape(q.shape[:2])
-
-
-def _dense_tables(cache: CacheRows, plan: PagedPlan, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a dense batch: rows to gather, places hidden `[n, 1, queries * G, s]` and unused `[n, 1, s, 1]`."""
-    count, queries, device = len(plan.requests), plan.requests[0].num_queries, plan.page_table.device
-    longest = max(r.length for r in plan.requests)
-    logical = torch.arange(-(-longest // cache.tokens), device=device)
-    found = cache.physical(plan.page_table, logical.expand(count, -1))[:, None] + cache.head_starts(device)[:, None]
-    position = torch.arange(logical.shape[0] * cache.tokens, device=device)
-    last = torch.tensor([r.length - 1 for r in plan.requests], device=device)
-    unused = position > last[:, None]
-    seen = last[:, None] - torch.arange(queries - 1, -1, -1, device=device)
-    hidden = position > seen.repeat_interleave(group, dim=1)[:, :, None]
-    return found.flatten(), hidden[:, None], unused[:, None, :, None]
 
 
 def _sparse_batch(

@@ -5,8 +5,7 @@ equal, gcd(page, block) tokens otherwise.
 """
 
 import math
-from collections.abc import Callable, Hashable
-from functools import cached_property
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,46 +77,63 @@ class CacheRows(NamedTuple):
         return torch.arange(self.heads, device=device) * self.per_page
 
 
+class Scratch:
+    """Memory that kernels gather and multiply into, kept from step to step: fresh memory costs more than filling it."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._made: dict[Hashable, Any] = {}
+
+    def take(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialised `[numel]`, which the next call under this name may hand out again."""
+        kept = self._kept.get((name, dtype))
+        if kept is None or kept.numel() < numel or kept.device != device:
+            room = numel if kept is None else max(numel, kept.numel() * 5 // 4)
+            with torch.inference_mode(False):  # so that it can be written to in and outside of inference mode
+                kept = self._kept[name, dtype] = torch.empty(room, dtype=dtype, device=device)
+            self._made.clear()  # views of what it replaces
+        return kept[:numel]
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` returned under this key, until memory is replaced: for views of it, which take time to make."""
+        made = self._made.get(key)
+        if made is None:
+            if len(self._made) >= 32:
+                self._made.clear()
+            with torch.inference_mode(False):
+                made = make()
+            self._made[key] = made
+        return made
+
+
 class PagedPlan:
     """One step: `lengths_k` tokens of each sequence, the new ones included, in the pages `page_table` `[N, max_pages]`.
 
-    A plan may be handed to every paged kernel called with the same arguments, whatever the layer. It also owns the
-    memory that kernels gather keys and values into.
+    A plan may be handed to every paged kernel called with the same arguments, whatever the layer. `scratch` may serve
+    one step after another.
 
     Raises:
         ValueError: lengths and pages do not fit together.
     """
 
-    def __init__(self, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, page_size: int) -> None:
+    def __init__(
+        self, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, page_size: int,
+        scratch: Scratch | None = None,
+    ) -> None:  # fmt: skip
         self.page_table = page_table
         self.page_size = page_size
         self.requests = _requests(cu_seqlens_q, lengths_k, page_table, page_size)
+        self.memory = Scratch() if scratch is None else scratch
+        self.own_choice: Tensor | None = None
+        """The last block ids that selection made: attention need not look at them to know their form."""
         self._made: dict[Hashable, Any] = {}
-        self._scratch: dict[torch.dtype, Tensor] = {}
-
-    @cached_property
-    def pages(self) -> list[list[int]]:
-        """The page table as plain integers."""
-        return self.page_table.tolist()
-
-    @cached_property
-    def only_query(self) -> Request | None:
-        """The one sequence of a step that decodes one token of it."""
-        return self.requests[0] if len(self.requests) == 1 == self.requests[0].num_queries else None
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` returned when it was first asked for under this key."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
-
-    def first_page(self, r: Request) -> int | None:
-        """The first page of a sequence whose pages follow each other, as in a cache that is not fragmented."""
-        return self.once(("first page", r.sequence), lambda: self._first_page(r))
-
-    def _first_page(self, r: Request) -> int | None:
-        pages = self.pages[r.sequence][: -(-r.length // self.page_size)]
-        return pages[0] if pages == list(range(pages[0], pages[0] + len(pages))) else None
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = make()
+        return made
 
     def rows(self, r: Request, cache: CacheRows) -> Tensor:
         """Physical row of every logical row of a sequence, a KV head a line: int64 `[heads, rows]`."""
@@ -128,12 +144,47 @@ class PagedPlan:
         found = cache.physical(table, torch.arange(-(-r.length // cache.tokens), device=table.device))
         return found + cache.head_starts(table.device)[:, None]
 
-    def scratch(self, numel: int, like: Tensor) -> Tensor:
-        """Uninitialised `[numel]` that the next call may hand out again: fresh memory costs more than filling it."""
-        kept = self._scratch.get(like.dtype)
-        if kept is None or kept.numel() < numel:
-            kept = self._scratch[like.dtype] = like.new_empty(numel)
-        return kept[:numel]
+    def first_page(self, cache: CacheRows) -> int | None:
+        """The first page of the only sequence, if its pages follow each other, as in a cache that is not fragmented."""
+        (r,) = self.requests
+        pages = self.page_table[r.sequence, : -(-r.length // (cache.tokens * cache.per_page))].tolist()
+        return pages[0] if pages == list(range(pages[0], pages[0] + len(pages))) else None
+
+    def head_rows(self, cache: CacheRows) -> Tensor:
+        """Physical rows of all sequences: int64 `[N * heads, rows]`; past the end of a sequence its last row again."""
+        return self.once(("head rows", cache), lambda: self._head_rows(cache))
+
+    def _head_rows(self, cache: CacheRows) -> Tensor:
+        device = self.page_table.device
+        last = torch.tensor([(r.length - 1) // cache.tokens for r in self.requests], device=device)[:, None]
+        longest = max(r.length for r in self.requests)
+        logical = torch.arange(-(-longest // cache.tokens), device=device).minimum(last)
+        found = cache.physical(self.page_table, logical)
+        return (found[:, None] + cache.head_starts(device)[:, None]).flatten(0, 1)
+
+    def part(self, requests: Sequence[Request]) -> "Part":
+        """A plan for some of the sequences alone, in the order given."""
+        if list(requests) == self.requests and len(requests) == self.page_table.shape[0]:
+            return Part(None, self)
+        device = self.page_table.device
+        rows = [row for r in requests for row in range(r.q_start, r.q_start + r.num_queries)]
+        starts = [0]
+        for r in requests:
+            starts.append(starts[-1] + r.num_queries)
+        table = self.page_table[torch.tensor([r.sequence for r in requests], device=device)]
+        plan = PagedPlan(table, [r.length for r in requests], starts, self.page_size, self.memory)
+        return Part(torch.tensor(rows, device=device), plan)
+
+
+class Part(NamedTuple):
+    """Some sequences of a step as a step of their own: `rows` of the packed queries, or None for all of them."""
+
+    rows: Tensor | None
+    plan: PagedPlan
+
+    def take(self, x: Tensor) -> Tensor:
+        """Its rows of a packed tensor."""
+        return x if self.rows is None else x.index_select(0, self.rows)
 
 
 def _requests(cu_seqlens_q: Lengths, lengths_k: Lengths, page_table: Tensor, page_size: int) -> list[Request]:

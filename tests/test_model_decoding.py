@@ -1,0 +1,194 @@
+"""Steps of few new tokens: what `DecodingModel` computes is what the modules compute, in any company and any state."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from minim3.inference.cache import PagedCache
+from minim3.inference.request import Request, SamplingParams
+from minim3.model.batch import ForwardBatch, PagedContext
+from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM
+from minim3.model.decoding import DecodingModel
+from tests import tiny_models
+
+PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+Steps = list[tuple[int, int]]
+"""A sequence each: tokens that are stored, and new ones."""
+
+
+def cached(model: MiniMaxM3SparseForCausalLM, steps: Steps, page_size: int, seed: int = 0) -> ForwardBatch:
+    """A batch whose past is random, in shuffled pages; every place that holds no token holds NaN."""
+    cache = PagedCache(model.text_config, page_size=page_size, num_pages=4, shuffle_seed=seed, poison=True)
+    generator = torch.Generator().manual_seed(seed)
+    table, slots, positions = [], [], []
+    for stored, new in steps:
+        length = stored + new
+        request = Request(
+            request_id="r", token_ids=[3] * length, num_prompt_tokens=length, max_new_tokens=1, params=SamplingParams()
+        )
+        cache.extend(request, length)
+        for layer in cache.layers:
+            past = cache.slots(request, 0, stored)
+            for pages in (layer.k, layer.v, layer.index_k):
+                if pages is not None:
+                    for slot in past:
+                        place = pages[slot // page_size]
+                        token = place[..., slot % page_size, :]
+                        token.copy_(torch.randn(token.shape, generator=generator))
+        slots += cache.slots(request, stored, length)
+        positions += range(stored, length)
+        table.append(request.pages)
+    width = max(map(len, table)) + 1
+    rows = torch.tensor([pages + [0] * (width - len(pages)) for pages in table])
+    context = PagedContext(cache.layers, rows, torch.tensor(slots), page_size)
+    lengths = tuple(new for _, new in steps), tuple(stored + new for stored, new in steps)
+    return ForwardBatch(torch.tensor(positions), *lengths, context)
+
+
+def prepared(model: MiniMaxM3SparseForCausalLM) -> DecodingModel:
+    model.pack_for_inference()
+    decoding = DecodingModel.of(model.text_model)
+    assert decoding is not None
+    return decoding
+
+
+def embeddings(batch: ForwardBatch) -> Tensor:
+    return torch.randn(batch.num_tokens, 32, generator=torch.Generator().manual_seed(batch.num_tokens))
+
+
+def compare(model: MiniMaxM3SparseForCausalLM, decoding: DecodingModel, steps: Steps, page_size: int = 4) -> None:
+    """Hidden states and what was stored, against the modules on a cache of the same content."""
+    ours, theirs = cached(model, steps, page_size), cached(model, steps, page_size)
+    x = embeddings(ours)
+    with torch.inference_mode():
+        assert decoding.takes(ours)
+        got = decoding.forward_packed(x, ours)
+        want = model.text_model.forward_packed(x, theirs)
+    assert torch.isfinite(got).all()
+    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    assert ours.pages is not None
+    assert theirs.pages is not None
+    for a, b in zip(ours.pages.layers, theirs.pages.layers):
+        for mine, other in ((a.k, b.k), (a.v, b.v), (a.index_k, b.index_k)):
+            if mine is not None:
+                assert other is not None
+                assert torch.equal(mine.isnan(), other.isnan()), "a token was stored in the wrong place"
+                assert (mine - other).nan_to_num(0.0).abs().max() <= 1e-5 * other.nan_to_num(0.0).abs().max()
+
+
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "forced blocks, lse scores": {"index_topk_blocks": 4, "index_init_blocks": 1, "index_local_blocks": 2,
+                                  "index_score_type": "lse"},
+    "no shared expert, no bias": {"n_shared_experts": 0, "use_routing_bias": False, "scoring_func": "softmax"},
+    "shared expert of the routed width": {"shared_intermediate_size": 24},
+    "no limit, other slope and offset": {"swiglu_limit": 0.0, "swiglu_alpha": 1.0, "swiglu_beta": 0.5},
+    "all experts, every dimension rotated": {"num_experts_per_tok": 4, "rotary_dim": 16},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_it_computes_what_the_modules_compute(name: str) -> None:
+    model = tiny_models.text_model(3, **MODELS[name])
+    decoding = prepared(model)
+    for steps in ([(0, 1)], [(3, 1)], [(4, 1)], [(7, 1)], [(8, 1)], [(30, 1)], [(31, 1)], [(32, 1)],
+                  [(30, 1), (2, 1)], [(30, 1), (2, 1), (17, 1), (64, 1)], [(28, 3)], [(40, 4), (21, 4)]):  # fmt: skip
+        compare(model, decoding, steps)
+
+
+@PROPERTY
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 3)), min_size=1, max_size=6), st.sampled_from([4, 2, 8]))
+def test_any_step_it_takes_is_right(steps: Steps, page_size: int) -> None:
+    """Mixed lengths, decoding and verification in one step, pages that are not blocks."""
+    model = tiny_models.text_model(1)
+    decoding = prepared(model)
+    if decoding.takes(cached(model, steps, page_size)):
+        compare(model, decoding, steps, page_size)
+    else:  # some sequence has a query within the budget and another beyond it
+        assert any(stored + 1 <= 8 < stored + new for stored, new in steps)
+
+
+def test_the_answer_of_a_step_does_not_change_in_the_next() -> None:
+    """Buffers are used again; what was returned must not be one of them."""
+    model = tiny_models.text_model()
+    decoding = prepared(model)
+    batch = cached(model, [(9, 1)], 4)
+    with torch.inference_mode():
+        assert decoding.takes(batch)
+        first = decoding.forward_packed(embeddings(batch), batch)
+        kept = first.clone()
+        decoding.forward_packed(-embeddings(batch), batch)
+    assert torch.equal(first, kept)
+
+
+def test_it_works_outside_of_inference_mode_after_it() -> None:
+    model = tiny_models.text_model()
+    decoding = prepared(model)
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        batch = cached(model, [(9, 1)], 4)
+        with mode():
+            assert decoding.takes(batch)
+            decoding.forward_packed(embeddings(batch), batch)
+
+
+def _replace_parameter(model: Any) -> None:
+    attention = model.text_model.layers[1].self_attn
+    attention.o_proj.weight = nn.Parameter(attention.o_proj.weight.detach() * 2)
+
+
+def _change_norm(model: Any) -> None:
+    with torch.no_grad():
+        model.text_model.layers[2].self_attn.q_norm.weight.add_(1.0)
+
+
+def _replace_module(model: Any) -> None:
+    attention = model.text_model.layers[0].self_attn
+    attention.o_proj = nn.Sequential(attention.o_proj, nn.Tanh())
+
+
+def _hook(model: Any) -> None:
+    model.text_model.layers[1].register_forward_hook(lambda module, args, out: out * 2)
+
+
+def _change_data(model: Any) -> None:
+    moe = model.text_model.layers[1].block_sparse_moe
+    moe.experts.w2.data = moe.experts.w2.data * 2
+
+
+@pytest.mark.parametrize("change", [_replace_parameter, _change_norm, _replace_module, _hook, _change_data])
+def test_a_model_that_changed_is_not_run_as_it_was(change: Any) -> None:
+    """A weight, a module or a hook that came after preparation would be left out without a word."""
+    model = tiny_models.text_model()
+    decoding = prepared(model)
+    batch = cached(model, [(9, 1)], 4)
+    assert decoding.takes(batch)
+    change(model)
+    assert not decoding.takes(batch)
+
+
+def test_what_has_no_such_form_is_left_to_the_modules() -> None:
+    """Other dtypes, the reference, hooks, modules of other classes, long steps, and steps without pages."""
+    for model in (tiny_models.text_model().bfloat16(), tiny_models.text_model(backend="reference")):
+        model.pack_for_inference()
+        assert DecodingModel.of(model.text_model) is None
+    model = tiny_models.text_model()
+    assert DecodingModel.of(model.text_model) is None, "nothing is packed yet"
+    decoding = prepared(model)
+    assert not decoding.takes(ForwardBatch.packed([1]))
+    assert not decoding.takes(cached(model, [(20, 1), (0, 30)], 4))
+
+
+def test_an_adapter_in_the_place_of_a_projection_takes_part() -> None:
+    """Modules in the places of linear layers, such as adapters, are called."""
+    model: Any = tiny_models.text_model(shared_intermediate_size=24)
+    for layer in model.text_model.layers:
+        layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj, nn.Tanh())
+    mlp = model.text_model.layers[2].block_sparse_moe.shared_experts
+    mlp.down_proj = nn.Sequential(mlp.down_proj, nn.Tanh())
+    decoding = prepared(model)
+    for steps in ([(9, 1)], [(9, 1), (20, 1)]):
+        compare(model, decoding, steps)
