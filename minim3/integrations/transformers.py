@@ -88,7 +88,7 @@ class TokenRows:
 
     def pack_queries(self, x: Tensor) -> Tensor:
         """`[B, H, S, D]` -> `[T, H, D]`."""
-        packed = x.transpose(1, 2).flatten(0, 1)
+        packed = x.transpose(1, 2).flatten(0, 1).contiguous()
         return packed if self.whole else packed.index_select(0, self._new_rows(x.device))
 
     def pack_keys(self, x: Tensor) -> Tensor:
@@ -103,12 +103,16 @@ class TokenRows:
             x = slots.index_copy(0, self._new_rows(x.device), x)
         return x.unflatten(0, (len(self.starts), self.q_length))
 
-    def pages(self, x: Tensor) -> Tensor:
-        """A cache `[B, H, L, D]` as one page a row; rows are copied only where they do not start at slot 0."""
+    def pages(self, name: str, x: Tensor) -> Tensor:
+        """A cache `[B, H, L, D]` as one page a row; where rows do not start at slot 0, a copy that the layers share.
+
+        The next call of the same name overwrites that copy: fresh memory for every layer costs as much as copying.
+        """
         if not any(self.starts):
             return x.contiguous()
         size = -(-self.longest // _PAGE_MULTIPLE) * _PAGE_MULTIPLE
-        pages = x.new_empty(*x.shape[:2], size, x.shape[-1])
+        shape = (*x.shape[:2], size, x.shape[-1])
+        pages = self._once(("pages", name, shape, x.dtype, x.device), lambda: x.new_empty(shape))
         for page, row, start, stop in zip(pages, x, self.starts, self.stops):
             page[:, : stop - start] = row[:, start:stop]
         return pages
@@ -289,7 +293,7 @@ def _attend_paged(
     q: Tensor, key: Tensor, value: Tensor, rows: TokenRows, indexer: Any, chosen: Any, scale: float | None
 ) -> Tensor:
     """Decoding: `[T, Hq, D]`, keys and values read where the cache has them; no gradient."""
-    k, v = rows.pages(key), rows.pages(value)
+    k, v = rows.pages("k", key), rows.pages("v", value)
     plan = rows.plan(k.shape[2], k.device)
     table, lengths, cu_q = plan.page_table, [b - a for a, b in zip(rows.starts, rows.stops)], rows.cu_seqlens_q
     if indexer is None:
@@ -297,7 +301,7 @@ def _attend_paged(
     if isinstance(chosen, IndexVectors):
         assert chosen.q is not None
         ids = kernels.select_blocks_paged(
-            rows.pack_queries(chosen.q), rows.pages(chosen.k).squeeze(1), table, lengths, cu_q, plan=plan,
+            rows.pack_queries(chosen.q), rows.pages("index k", chosen.k).squeeze(1), table, lengths, cu_q, plan=plan,
             block_size=indexer.block_size, topk_blocks=indexer.topk_blocks, local_blocks=indexer.local_blocks,
         )  # fmt: skip
     else:

@@ -161,6 +161,13 @@ def test_bf16_is_as_near_to_fp32_as_eager_is() -> None:
     assert tokens(model, "minim3", input_ids=longer).shape == (2, 162)
 
 
+def test_the_example_of_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a reader pastes runs, on the weights that ship."""
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    assert capsys.readouterr().out.startswith("tensor([[")
+
+
 # Padding
 
 
