@@ -12,7 +12,9 @@ from minim3.loading import POCKET
 from minim3.model.counts import FORMATS, cache_bytes_per_token, count_parameters, describe_layers
 
 DEFAULT_CONTEXT = 32768
-KERNELS = ("select_blocks", "block_sparse_attention", "varlen_attention", "grouped_experts")
+KERNELS = (
+    "select_blocks", "block_sparse_attention", "varlen_attention", "indexer_kl", "norm_rope_store", "grouped_experts",
+)  # fmt: skip
 
 
 def collect_info(source: str, context: int | None, device: str = "auto", dtype: str = "auto") -> dict[str, Any]:
@@ -193,14 +195,16 @@ def _cache(text: MiniMaxM3VLTextConfig, context: int) -> dict[str, Any]:
 
 
 def _kernels(device: str, dtype: str, config_dtype: str | None) -> dict[str, str]:
-    """Which implementation of each operation would run on `device`."""
+    """Which implementation of each operation would run on `device`, and why."""
     from minim3 import kernels
     from minim3.cli.session import choose_device, choose_dtype
 
     where = choose_device(device)
     what = choose_dtype(dtype, where, config_dtype)
-    chosen = {op: str(kernels.resolve(None, op, where, what)) for op in KERNELS}
-    return {"device": str(where), "dtype": str(what).removeprefix("torch."), **chosen}
+    choices = {op: kernels.choose(None, op, where, what) for op in KERNELS}
+    why = "; ".join(dict.fromkeys(choice.reason for choice in choices.values()))
+    names = {op: choice.name for op, choice in choices.items()}
+    return {"device": str(where), "dtype": str(what).removeprefix("torch."), "why": why, **names}
 
 
 def _rows(info: dict[str, Any]) -> list[tuple[str, str]]:
@@ -248,10 +252,10 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, str]]:
         differs = "" if files["parameters"] == parameters["total"] else expected
         rows.append(("files", f"{_size(files['bytes'])}, {files['tensors']:,} tensors: {formats}{differs}"))
     kernels = dict(info["kernels"])
-    where = f"{kernels.pop('device')}, {kernels.pop('dtype')}"
+    where, why = f"{kernels.pop('device')}, {kernels.pop('dtype')}", kernels.pop("why")
     names = sorted(set(kernels.values()))
     by_name = [f"{name} ({', '.join(op for op in kernels if kernels[op] == name)})" for name in names]
-    rows.append(("kernels", f"on {where}: {'; '.join(by_name) if len(names) > 1 else names[0]}"))
+    rows.append(("kernels", f"on {where}: {'; '.join(by_name) if len(names) > 1 else names[0]} ({why})"))
     return rows
 
 

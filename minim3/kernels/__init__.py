@@ -2,13 +2,16 @@
 
 Shapes and meaning: the docstrings in `minim3.kernels.reference`, which is the definition of every op. All take
 `implementation`: "reference" (dense, obvious, slow), "portable" (fast plain PyTorch, any device), or None for the
-choice of `resolve`. T packed queries, S packed keys, N sequences; lengths are int32 tensors or sequences of integers.
+choice of `choose`, which is made once for each op, device and dtype and logged (logger `minim3.kernels`). T packed
+queries, S packed keys, N sequences; lengths are int32 tensors or sequences of integers.
 The paged ops take a `PagedPlan` of the step besides, where one is shared by many calls with the same sequences.
 """
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,12 +21,15 @@ from minim3.kernels.portable.plan import PagedPlan
 from minim3.kernels.sequences import Lengths
 
 __all__ = [
+    "Choice",
     "PagedPlan",
     "block_sparse_attention",
     "block_sparse_attention_paged",
+    "choose",
     "grouped_experts",
     "implementations",
     "indexer_kl",
+    "norm_rope_store",
     "paged_attention",
     "resolve",
     "select_blocks",
@@ -31,8 +37,17 @@ __all__ = [
     "varlen_attention",
 ]
 
+logger = logging.getLogger(__name__)
+
 _MODULES: dict[str, ModuleType] = {"portable": portable, "reference": reference}
 _PLANNED = ("triton",)
+
+
+class Choice(NamedTuple):
+    """The implementation that runs an op, and the reason in words."""
+
+    name: str
+    reason: str
 
 
 def implementations() -> tuple[str, ...]:
@@ -45,22 +60,42 @@ def resolve(implementation: str | None, op: str, device: torch.device | str, dty
 
     Raises `ValueError` for a request that cannot be met: there is no silent fallback.
     """
+    return choose(implementation, op, device, dtype).name
+
+
+def choose(implementation: str | None, op: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
+    """The implementation that runs `op` on `device` in `dtype`, and why; errors as in `resolve`."""
+    return _choose(implementation, op, torch.device(device).type, dtype)
+
+
+@cache
+def _choose(implementation: str | None, op: str, device_type: str, dtype: torch.dtype) -> Choice:
     if implementation is None:
-        return "portable"
-    if implementation not in _MODULES:
+        choice = Choice("portable", _why_portable(device_type))
+    elif implementation in _MODULES:
+        choice = Choice(implementation, "requested")
+    else:
         state = "is not available in this version" if implementation in _PLANNED else "is unknown"
         raise ValueError(
-            f"implementation={implementation!r} {state} for {op} on {device} in {dtype}; "
+            f"implementation={implementation!r} {state} for {op} on {device_type} in {dtype}; "
             f"available: {', '.join(_MODULES)} (or None to choose automatically)"
         )
-    return implementation
+    logger.info("%s on %s in %s runs %s: %s", op, device_type, dtype, *choice)
+    return choice
+
+
+def _why_portable(device_type: str) -> str:
+    if device_type == "cpu":
+        return "plain PyTorch with its fused CPU operators, the fastest on a CPU"
+    return f"plain PyTorch, since this version has no kernels for {device_type}"
 
 
 def _function(implementation: str | None, op: str, tensor: Tensor) -> Callable[..., Any]:
     """What runs `op`. Under autocast it runs with autocast off, which would take products below fp32 again."""
-    function: Callable[..., Any] = getattr(_MODULES[resolve(implementation, op, tensor.device, tensor.dtype)], op)
-    if torch.is_autocast_enabled(tensor.device.type):
-        return torch.autocast(tensor.device.type, enabled=False)(function)
+    device_type = tensor.device.type
+    function: Callable[..., Any] = getattr(_MODULES[_choose(implementation, op, device_type, tensor.dtype).name], op)
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)(function)
     return function
 
 
@@ -173,3 +208,11 @@ def grouped_experts(
     return _function(implementation, "grouped_experts", x)(
         x, w13, w2, expert_ids, expert_weights, alpha=alpha, limit=limit, beta=beta
     )
+
+
+def norm_rope_store(
+    x: Tensor, weight: Tensor | None, freqs_cis: Tensor, *, eps: float, pages: Tensor | None = None,
+    slots: Tensor | None = None, implementation: str | None = None,
+) -> Tensor:  # fmt: skip
+    """Norm each head of `x` `[T, H, D]`, rotate it by `freqs_cis` `[T, R]`, and write it to `pages` at `slots`."""
+    return _function(implementation, "norm_rope_store", x)(x, weight, freqs_cis, eps=eps, pages=pages, slots=slots)

@@ -272,6 +272,49 @@ def indexer_kl(
     return total / max(index_q.shape[0] * index_q.shape[1], 1)
 
 
+# Norm, rotation, store
+
+
+def norm_rope_store(
+    x: Tensor, weight: Tensor | None, freqs_cis: Tensor, *, eps: float, pages: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Per-head norm, rotary positions on the first channels, and the write of the result to pages.
+
+    `x` `[T, H, D]`; `weight` `[D]` or `[H, D]`, centred on 0 (None: no norm); `freqs_cis` `[T, R]` holds the cosines of
+    the R / 2 angles, then their sines; channel i < R / 2 turns with channel i + R / 2, those from R on pass. Returns
+    `[T, H, D]` in the dtype of `x`, computed in at least fp32. Where `pages` `[P, H, page, D]` (or `[P, page, D]` for
+    one head) are given, token t is also written to place `slots[t]` = page * page size + offset, in their dtype.
+    """
+    check_store(x, pages, slots)
+    half, dtype = freqs_cis.shape[-1] // 2, at_least_fp32(x.dtype)
+    normed = x.to(dtype)
+    if weight is not None:
+        normed = normed * torch.rsqrt(normed.square().mean(-1, keepdim=True) + eps) * (1.0 + weight.to(dtype))
+    turn = torch.complex(*freqs_cis.to(dtype).split(half, dim=-1)).unsqueeze(1)
+    turned = torch.complex(normed[..., :half], normed[..., half : 2 * half]) * turn
+    out = torch.cat([turned.real, turned.imag, normed[..., 2 * half :]], dim=-1).to(x.dtype)
+    if pages is not None and slots is not None:
+        for token, slot in enumerate(slots.tolist()):
+            page, offset = divmod(slot, pages.shape[-2])
+            pages[page, ..., offset, :] = out[token].detach().to(pages.dtype).view_as(pages[page, ..., offset, :])
+    return out
+
+
+def check_store(x: Tensor, pages: Tensor | None, slots: Tensor | None) -> None:
+    """Raise `ValueError` for pages that cannot take the heads of `x`, or one slot too few or too many."""
+    if (pages is None) != (slots is None):
+        raise ValueError("pages and slots belong together; pass both, or neither to store nothing")
+    if pages is None or slots is None:
+        return
+    heads = pages.shape[1] if pages.dim() == 4 else 1
+    if (heads, pages.shape[-1]) != tuple(x.shape[1:]) or slots.shape != x.shape[:1]:
+        raise ValueError(
+            f"x {tuple(x.shape)} does not fit pages {tuple(pages.shape)} and slots {tuple(slots.shape)}: "
+            "the same heads and channels, and one slot a token, are needed"
+        )
+
+
 # Experts
 
 

@@ -4,6 +4,7 @@ from minim3.kernels.portable.alignment import indexer_kl
 from minim3.kernels.portable.attention import block_sparse_attention, varlen_attention
 from minim3.kernels.portable.experts import grouped_experts
 from minim3.kernels.portable.paged import block_sparse_attention_paged, paged_attention, select_blocks_paged
+from minim3.kernels.portable.rotation import norm_rope_store
 from minim3.kernels.portable.select import select_blocks
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "block_sparse_attention_paged",
     "grouped_experts",
     "indexer_kl",
+    "norm_rope_store",
     "paged_attention",
     "select_blocks",
     "select_blocks_paged",

@@ -223,7 +223,8 @@ def _sparse_tile(
     def part(main: Tensor, index: Tensor, hidden: Tensor | None, *by_key: Tensor) -> Tensor:
         """Rows against some keys: adds to the loss and the gradient of these keys, returns that of the rows."""
         some_keys, some_index_keys, grad_keys = by_key
-        teacher = torch.mm(main.view(-1, width), some_keys.t()).exp_().view(-1, group, some_keys.shape[0]).mean(1)
+        by_head = torch.mm(main.view(-1, width), some_keys.t()).exp_().view(-1, group, some_keys.shape[0]).unbind(1)
+        teacher = sum(by_head[1:], by_head[0]).div(group)
         log_student = torch.mm(index, some_index_keys.t())
         if hidden is not None:
             teacher.masked_fill_(hidden, 0.0)
