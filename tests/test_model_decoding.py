@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minim3.inference.cache import PagedCache
 from minim3.inference.request import Request, SamplingParams
+from minim3.kernels.portable.plan import Scratch
 from minim3.model.batch import ForwardBatch, PagedContext
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM
 from minim3.model.decoding import DecodingModel
@@ -24,7 +25,7 @@ def cached(model: MiniMaxM3SparseForCausalLM, steps: Steps, page_size: int, seed
     """A batch whose past is random, in shuffled pages; every place that holds no token holds NaN."""
     cache = PagedCache(model.text_config, page_size=page_size, num_pages=4, shuffle_seed=seed, poison=True)
     generator = torch.Generator().manual_seed(seed)
-    table, slots, positions = [], [], []
+    table, slots, positions = [], list[int](), list[int]()
     for stored, new in steps:
         length = stored + new
         request = Request(
@@ -60,14 +61,21 @@ def embeddings(batch: ForwardBatch) -> Tensor:
     return torch.randn(batch.num_tokens, 32, generator=torch.Generator().manual_seed(batch.num_tokens))
 
 
+def step_of(
+    model: MiniMaxM3SparseForCausalLM, steps: Steps, page_size: int = 4
+) -> tuple[Tensor, ForwardBatch]:
+    batch = cached(model, steps, page_size)
+    return embeddings(batch), batch
+
+
 def compare(model: MiniMaxM3SparseForCausalLM, decoding: DecodingModel, steps: Steps, page_size: int = 4) -> None:
     """Hidden states and what was stored, against the modules on a cache of the same content."""
     ours, theirs = cached(model, steps, page_size), cached(model, steps, page_size)
     x = embeddings(ours)
     with torch.inference_mode():
-        assert decoding.takes(ours)
         got = decoding.forward_packed(x, ours)
         want = model.text_model.forward_packed(x, theirs)
+    assert got is not None
     assert torch.isfinite(got).all()
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
     assert ours.pages is not None
@@ -106,10 +114,42 @@ def test_any_step_it_takes_is_right(steps: Steps, page_size: int) -> None:
     """Mixed lengths, decoding and verification in one step, pages that are not blocks."""
     model = tiny_models.text_model(1)
     decoding = prepared(model)
-    if decoding.takes(cached(model, steps, page_size)):
+    with torch.inference_mode():
+        taken = decoding.forward_packed(*step_of(model, steps, page_size)) is not None
+    if taken:
         compare(model, decoding, steps, page_size)
     else:  # some sequence has a query within the budget and another beyond it
         assert any(stored + 1 <= 8 < stored + new for stored, new in steps)
+
+
+@pytest.mark.parametrize("page_size", [4, 2, 8])
+@pytest.mark.parametrize("shuffle_seed", [None, 1])
+def test_step_after_step_is_right(page_size: int, shuffle_seed: int | None) -> None:
+    """Tables go on from step to step: into the next row, block and page, past the budget, and back."""
+    model = tiny_models.text_model(2, index_score_type="max")
+    decoding, scratch = prepared(model), Scratch()
+    config = model.text_config
+    caches = [PagedCache(config, page_size=page_size, shuffle_seed=shuffle_seed, poison=True) for _ in range(2)]
+    request = Request(request_id="r", token_ids=[3], num_prompt_tokens=1, max_new_tokens=1, params=SamplingParams())
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(0))
+    for cache in caches:
+        request.pages = []
+        cache.extend(request, 40)
+    pages = torch.tensor([request.pages])
+    for position in [*range(40), *range(11, 25), 30, 32, 33, 33]:
+        slot = torch.tensor(caches[0].slots(request, position, position + 1))
+        ours, theirs = (
+            ForwardBatch(
+                torch.tensor([position]), (1,), (position + 1,),
+                PagedContext(cache.layers, pages, slot, page_size, scratch if cache is caches[0] else None),
+            )
+            for cache in caches
+        )  # fmt: skip
+        with torch.inference_mode():
+            got = decoding.forward_packed(x[position : position + 1], ours)
+            want = model.text_model.forward_packed(x[position : position + 1], theirs)
+        assert got is not None
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max(), position
 
 
 def test_the_answer_of_a_step_does_not_change_in_the_next() -> None:
@@ -118,8 +158,8 @@ def test_the_answer_of_a_step_does_not_change_in_the_next() -> None:
     decoding = prepared(model)
     batch = cached(model, [(9, 1)], 4)
     with torch.inference_mode():
-        assert decoding.takes(batch)
         first = decoding.forward_packed(embeddings(batch), batch)
+        assert first is not None
         kept = first.clone()
         decoding.forward_packed(-embeddings(batch), batch)
     assert torch.equal(first, kept)
@@ -131,8 +171,7 @@ def test_it_works_outside_of_inference_mode_after_it() -> None:
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         batch = cached(model, [(9, 1)], 4)
         with mode():
-            assert decoding.takes(batch)
-            decoding.forward_packed(embeddings(batch), batch)
+            assert decoding.forward_packed(embeddings(batch), batch) is not None
 
 
 def _replace_parameter(model: Any) -> None:
@@ -164,10 +203,11 @@ def test_a_model_that_changed_is_not_run_as_it_was(change: Any) -> None:
     """A weight, a module or a hook that came after preparation would be left out without a word."""
     model = tiny_models.text_model()
     decoding = prepared(model)
-    batch = cached(model, [(9, 1)], 4)
-    assert decoding.takes(batch)
-    change(model)
-    assert not decoding.takes(batch)
+    step = step_of(model, [(9, 1)])
+    with torch.inference_mode():
+        assert decoding.forward_packed(*step) is not None
+        change(model)
+        assert decoding.forward_packed(*step) is None
 
 
 def test_what_has_no_such_form_is_left_to_the_modules() -> None:
@@ -178,8 +218,10 @@ def test_what_has_no_such_form_is_left_to_the_modules() -> None:
     model = tiny_models.text_model()
     assert DecodingModel.of(model.text_model) is None, "nothing is packed yet"
     decoding = prepared(model)
-    assert not decoding.takes(ForwardBatch.packed([1]))
-    assert not decoding.takes(cached(model, [(20, 1), (0, 30)], 4))
+    with torch.inference_mode():
+        assert decoding.forward_packed(torch.zeros(1, 32), ForwardBatch.packed([1])) is None
+        assert decoding.forward_packed(*step_of(model, [(20, 1), (0, 30)])) is None
+    assert decoding.forward_packed(*step_of(model, [(20, 1)])) is None, "a graph may be wanted"
 
 
 def test_an_adapter_in_the_place_of_a_projection_takes_part() -> None:

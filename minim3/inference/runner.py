@@ -68,9 +68,8 @@ class Runner:
             ),
         )  # fmt: skip
         embeds_TH = self._embed(ids_T, plan)
-        if self._decoding is not None and self._decoding.takes(batch):
-            hidden_TH = self._decoding.forward_packed(embeds_TH, batch)
-        else:
+        hidden_TH = None if self._decoding is None else self._decoding.forward_packed(embeds_TH, batch)
+        if hidden_TH is None:
             hidden_TH = self.model.text_model.forward_packed(embeds_TH, batch)
         if not sampling:
             return None, sampling

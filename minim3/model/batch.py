@@ -36,17 +36,18 @@ class LayerPages:
 
     def rows(self, layout: CacheRows, index_layout: CacheRows | None) -> tuple[Tensor, Tensor | None]:
         """k and index_k by cache rows of these layouts."""
-        known = self._rows.get((layout, index_layout))
+        key = layout.tokens, 0 if index_layout is None else index_layout.tokens
+        known = self._rows.get(key)
         if known is None:
             index_k = None
             if index_layout is not None:
                 assert self.index_k is not None
                 index_k = index_layout.view(self.index_k)
-            known = self._rows[layout, index_layout] = layout.view(self.k), index_k
+            known = self._rows[key] = layout.view(self.k), index_k
         return known
 
     @cached_property
-    def _rows(self) -> dict[tuple[CacheRows, CacheRows | None], tuple[Tensor, Tensor | None]]:
+    def _rows(self) -> dict[tuple[int, int], tuple[Tensor, Tensor | None]]:
         return {}
 
 

@@ -9,14 +9,16 @@ Shape legend: T new tokens, H hidden size, R heads of all normed projections, D 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from minim3 import kernels
-from minim3.kernels.portable.paged import FEW_TOKENS, StepAttention
+from minim3.kernels.portable.paged import FEW_TOKENS
 from minim3.kernels.portable.plan import CacheRows
+from minim3.kernels.portable.step import Indexer, StepAttention
 from minim3.model.attention import MiniMaxM3Attention, PackedProjection
 from minim3.model.batch import ForwardBatch, LayerPages
 from minim3.model.decoder import Block, MiniMaxM3TextModel
@@ -230,8 +232,8 @@ class _Heads:
         self.size = torch.zeros(tokens, normed, 1)
         self.normed = torch.zeros(tokens, normed, dim)
         self.turned = torch.zeros(tokens, normed, dim)
-        self.normed_parts = self.normed[..., :half], self.normed[..., half : 2 * half]
-        self.turned_parts = self.turned[..., :half], self.turned[..., half : 2 * half]
+        self.first, self.second = self.normed[..., :half], self.normed[..., half : 2 * half]
+        self.turned_first, self.turned_second = self.turned[..., :half], self.turned[..., half : 2 * half]
         parts = self.turned.split_with_sizes(list(heads), dim=1)
         self.q, keys = parts[0], [parts[1], self.values, *parts[3:]]
         self.index_q = parts[2] if len(parts) > 2 else None
@@ -258,13 +260,14 @@ class _Attention:
         if attention.indexer is not None:
             self.selection = {k: v for k, v in attention.indexer.selection.items() if k != "implementation"}
 
-    def step(self, pages: LayerPages, batch: ForwardBatch) -> "_Step | None":
-        """What attends in this step, for all layers of this kind."""
-        plan = batch.plan
-        key = ("step", self.group, self.dim, *([] if self.selection is None else self.selection.values()))
-        return plan.once(key, lambda: self._step(pages, batch))
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """Layers of one kind share what is made once a step."""
+        return self.dim, *self.heads, self.num_values, *(self.selection or {}).values()
 
-    def _step(self, pages: LayerPages, batch: ForwardBatch) -> "_Step | None":
+    def prepare(self, pages: LayerPages, batch: ForwardBatch, space: _Space, rotary: RotaryFactors) -> "_Step | None":
+        """What the layers of this kind share in this step; None if it has no form here."""
+        assert batch.pages is not None
         selection, index_rows, indexer = self.selection, None, None
         sparse = selection is not None and batch.max_length_k > selection["topk_blocks"] * selection["block_size"]
         rows = CacheRows.of(pages.k, selection["block_size"] if sparse and selection else pages.k.shape[-2])
@@ -272,40 +275,46 @@ class _Attention:
             assert selection is not None
             assert pages.index_k is not None
             index_rows = CacheRows.of(pages.index_k, selection["block_size"])
-            indexer = (index_rows, self.heads[2], self.dim, selection)
-        found = StepAttention.of(batch.plan, rows, self.group, self.dim, indexer)
-        return None if found is None else (found, rows, index_rows)
-
-    def add_to(
-        self, normed: _Rows, x: _Rows, space: _Space, rotary: RotaryFactors, pages: LayerPages, batch: ForwardBatch
-    ) -> None:
+            indexer = Indexer(index_rows, self.heads[2], self.dim, selection)
+        attend = StepAttention.of(batch.plan, rows, self.group, self.dim, indexer)
+        if attend is None:
+            return None
         half = rotary.sin.shape[-1]
         heads: _Heads = space.once(
             ("heads", *self.heads, self.num_values, self.dim, half),
             lambda: _Heads(space.tokens, self.heads, self.num_values, self.dim, half),
         )
+        stores = [(batch.pages.token_rows(count), new, kept) for count, new, kept in heads.stored]
+        return _Step(attend, rows, index_rows, rotary, heads, stores)
+
+    def add_to(self, normed: _Rows, x: _Rows, step: "_Step", pages: LayerPages) -> None:
+        heads, rotary = step.heads, step.rotary
         self.project.into(normed, heads.rows)
         torch.linalg.vector_norm(heads.before, dim=-1, keepdim=True, out=heads.size)
         torch.hypot(heads.size, self.root_eps, out=heads.size)
         torch.mul(torch.div(heads.before, heads.size, out=heads.normed), self.scale, out=heads.normed)
         torch.mul(heads.normed, rotary.cos, out=heads.turned)
-        (first, second), (turned_first, turned_second) = heads.normed_parts, heads.turned_parts
-        torch.addcmul(turned_first, second, rotary.sin, value=-1, out=turned_first)
-        torch.addcmul(turned_second, first, rotary.sin, out=turned_second)
-
-        assert batch.pages is not None
-        for place, (count, new, rows) in zip(pages.tokens, heads.stored):
-            place.index_copy_(0, batch.pages.token_rows(count), new.reshape(-1, self.dim) if rows is None else rows)
-        step = self.step(pages, batch)
-        assert step is not None
-        attend, layout, index_layout = step
-        k_rows, index_rows = pages.rows(layout, index_layout)
-        out = attend(heads.q, heads.index_q, k_rows, pages.tokens[1], index_rows)
-        self.output.add_to(_Rows(out.view(space.tokens, -1)), x)
+        torch.addcmul(heads.turned_first, heads.second, rotary.sin, value=-1, out=heads.turned_first)
+        torch.addcmul(heads.turned_second, heads.first, rotary.sin, out=heads.turned_second)
+        for place, (slots, new, rows) in zip(pages.tokens, step.stores):
+            place.index_copy_(0, slots, new.reshape(-1, self.dim) if rows is None else rows)
+        k_rows, index_rows = pages.rows(step.layout, step.index_layout)
+        out = step.attend(heads.q, heads.index_q, k_rows, pages.tokens[1], index_rows)
+        self.output.add_to(_Rows(out.view(x.all.shape[0], -1)), x)
 
 
-_Step = tuple[StepAttention, CacheRows, CacheRows | None]
-"""What attends, and the cache rows of its keys and of its index keys, if it looks at them."""
+class _Step(NamedTuple):
+    """What the layers of a kind share in a step.
+
+    stores: where the new k, v and index k go, those as heads, and as rows where that is a view.
+    """
+
+    attend: StepAttention
+    layout: CacheRows
+    index_layout: CacheRows | None
+    rotary: RotaryFactors
+    heads: _Heads
+    stores: list[tuple[Tensor, Tensor, Tensor | None]]
 
 
 class _Layer:
@@ -313,6 +322,7 @@ class _Layer:
         self.cache_index = block.cache_index
         self.before_attention = _Norm(block.input_layernorm)
         self.attention = _Attention(block.self_attn, packed)
+        self.kind = self.attention.kind
         self.before_mlp = _Norm(block.post_attention_layernorm)
         self.mlp: _MoE | _MLP = _MoE(block.block_sparse_moe) if block.is_moe_layer else _MLP(block.mlp)
 
@@ -323,6 +333,7 @@ class DecodingModel:
     def __init__(self, model: MiniMaxM3TextModel, layers: Sequence[_Layer]) -> None:
         self.model = model
         self._layers = layers
+        self._kinds = {layer.kind: layer for layer in layers}
         self._norm = _Norm(model.norm)
         self._spaces: dict[int, _Space] = {}
         self._watch = _Watch(model)
@@ -341,33 +352,33 @@ class DecodingModel:
                 layers.append(_Layer(block, packed))  # type: ignore[arg-type]
             return cls(model, layers)
 
-    def takes(self, batch: ForwardBatch) -> bool:
-        """Whether this step has the form, and the weights are those this was made from."""
-        if batch.pages is None or batch.num_tokens > MOST_TOKENS or max(batch.lengths_q) > FEW_TOKENS:
-            return False
-        for layer in self._layers:
-            pages = batch.pages.layers[layer.cache_index]
-            if pages.k.dtype != torch.float32 or layer.attention.step(pages, batch) is None:
-                return False
-        return self._watch.unchanged()
-
-    def forward_packed(self, inputs_embeds: Tensor, batch: ForwardBatch) -> Tensor:
-        """As `MiniMaxM3TextModel.forward_packed`, for a batch that it `takes`."""
-        assert batch.pages is not None
+    def forward_packed(self, inputs_embeds: Tensor, batch: ForwardBatch) -> Tensor | None:
+        """As `MiniMaxM3TextModel.forward_packed`; None for what has no such form: another step, or a changed model."""
         tokens = batch.num_tokens
+        if batch.pages is None or tokens > MOST_TOKENS or inputs_embeds.dtype != torch.float32:
+            return None
+        if torch.is_grad_enabled() or max(batch.lengths_q) > FEW_TOKENS or not self._watch.unchanged():
+            return None
         space = self._spaces.get(tokens)
         if space is None:
             space = self._spaces[tokens] = _Space(tokens)
             while len(self._spaces) > _KEPT_SPACES:
                 self._spaces.pop(next(iter(self._spaces)))
+        freqs_cis = self.model.make_freqs_cis(batch.positions)
+        steps: dict[tuple[Any, ...], _Step] = {}
+        for kind, layer in self._kinds.items():
+            pages = batch.pages.layers[layer.cache_index]
+            rotary = batch.rotary_factors(freqs_cis, layer.attention.dim)
+            step = layer.attention.prepare(pages, batch, space, rotary) if pages.k.dtype == torch.float32 else None
+            if step is None:
+                return None
+            steps[kind] = step
         hidden_size = inputs_embeds.shape[1]
         x, normed, size = space.of("x", hidden_size), space.of("normed", hidden_size), space.of("size", 1)
         x.all.copy_(inputs_embeds)
-        freqs_cis = self.model.make_freqs_cis(batch.positions)
         for layer in self._layers:
-            rotary = batch.rotary_factors(freqs_cis, layer.attention.dim)
             layer.before_attention.into(x.all, size.all, normed.all)
-            layer.attention.add_to(normed, x, space, rotary, batch.pages.layers[layer.cache_index], batch)
+            layer.attention.add_to(normed, x, steps[layer.kind], batch.pages.layers[layer.cache_index])
             layer.before_mlp.into(x.all, size.all, normed.all)
             layer.mlp.add_to(normed, x, space)
         self._norm.into(x.all, size.all, normed.all)
@@ -395,27 +406,31 @@ def _packed_projection(block: nn.Module) -> PackedProjection | None:
     return packed if all(type(norm) is MiniMaxM3RMSNorm and _is_plain(norm.weight) for norm in norms) else None
 
 
+_VERSION = attrgetter("_version")
+
+
 class _Watch:
     """Notices a module, parameter, buffer or hook that was not there when the model was prepared."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._places: list[tuple[dict[str, Any], str, Any]] = []
-        self._tensors: list[tuple[Tensor, int, int]] = []
+        self._holders: list[dict[str, Any]] = []
+        self._names: list[str] = []
         self._hooks: list[Any] = []
         for module in model.modules():
-            self._places += [(module._modules, name, child) for name, child in module._modules.items()]
             self._hooks += [module._forward_hooks, module._forward_pre_hooks]
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    self._places.append((tensors, name, tensor))
-                    if tensor is not None:
-                        self._tensors.append((tensor, tensor.data_ptr(), tensor._version))
+            for held in (module._modules, module._parameters, module._buffers):
+                self._holders += [held] * len(held)
+                self._names += held
+        self._known = [held[name] for held, name in zip(self._holders, self._names)]
+        self._tensors = [known for known in self._known if isinstance(known, Tensor)]
+        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
+        self._versions = [tensor._version for tensor in self._tensors]
 
     def unchanged(self) -> bool:
-        for tensors, name, known in self._places:
-            if tensors.get(name) is not known:
-                return False
-        for tensor, place, version in self._tensors:
-            if tensor.data_ptr() != place or tensor._version != version:
-                return False
-        return not any(self._hooks)
+        # Loops of C: this runs in every step, over every module and weight.
+        return (
+            all(map(is_, map(dict.get, self._holders, self._names), self._known))
+            and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
+            and list(map(_VERSION, self._tensors)) == self._versions
+            and not any(self._hooks)
+        )

@@ -13,7 +13,6 @@ once a step and used in every layer; memory, and views of it, are kept from step
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from minim3.kernels.portable import entries
 from minim3.kernels.portable.entries import Layout, ScoreBuffer, Seen
@@ -135,8 +134,15 @@ class Dense(_Attention):
         self._follows: int | None = None
         if self.queries == len(requests) == layout.chunks == cache.per_page:
             self._follows = plan.first_page(cache)
-        self.found = _padded(plan.head_rows(cache), layout).view(self.entries, layout.chunks, layout.rows)
+        self.found = padded(plan.head_rows(cache), layout).view(self.entries, layout.chunks, layout.rows)
         self._index: Tensor | None = None
+
+    def advance(self) -> None:
+        """Go on to the next token of the only sequence, which lies in the row of the last."""
+        column = self.seen.advance()
+        if self._index is not None:
+            index = self._index.view(-1, self.layout.chunks, self.num_rows, self.layout.width)
+            index[:, -1, :, column:].add_(1)
 
     def first_tokens(self) -> Tensor:
         return (self.found * self.layout.tokens).int()
@@ -189,9 +195,9 @@ class Chosen(_Attention):
         seen, stored = [], []
         for r in plan.requests:
             for position in range(r.position(0), r.length):
-                first = position // block_size * block_size  # of the last block
-                seen.append([(num_blocks - 1) * block_size + position - first + 1])
-                stored.append((num_blocks - 1) * block_size + min(block_size, r.length - first))
+                start = position // block_size * block_size  # of the last block
+                seen.append([(num_blocks - 1) * block_size + position - start + 1])
+                stored.append((num_blocks - 1) * block_size + min(block_size, r.length - start))
         layout = Layout.of(cache, num_blocks * cache.per_block, dim)
         super().__init__(plan, cache, layout, Seen(seen, stored, layout, group, device), group, dim)
         rows = plan.head_rows(cache)
@@ -208,6 +214,27 @@ class Chosen(_Attention):
         first = self.first.view(-1, layout.heads, layout.chunks, 1, layout.rows, 1).expand(-1, -1, -1, group, -1, -1)
         self._add = first, self.seen.offsets.unsqueeze(3), self._index.view(shape)
 
+        self._free: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    def keep_forced(self, forced: Tensor, free: slice) -> None:
+        """From now on `attend_free` is told blocks of the columns `free` alone; the others are those of `forced`.
+
+        forced: int64 `[T, Hkv, K]`, with any ids at the free columns.
+        """
+        self._set(forced)
+        stop = self.rows.shape[1]
+        self._free = (
+            self.rows[:, free.start : stop], self.tokens[:, free.start : stop], self.found[:, free], self.first[:, free]
+        )  # fmt: skip
+
+    @property
+    def keeps_forced(self) -> bool:
+        return self._free is not None
+
+    def advance(self) -> None:
+        """Go on to the next token of the only sequence, which lies in the row of the last."""
+        self.seen.advance()
+
     def first_tokens(self) -> Tensor:
         return self.first
 
@@ -220,6 +247,18 @@ class Chosen(_Attention):
         self, q: Tensor, k_rows: Tensor, v_tokens: Tensor, ids: Tensor, lse: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """Scaled `q` `[T, Hq, D]` and `ids` int64 `[T, Hkv, K]` -> out of the shape of `q`, and lse `[T, Hq]`."""
+        self._set(ids)
+        return self._attend(q, k_rows, v_tokens, lse)
+
+    def attend_free(self, q: Tensor, k_rows: Tensor, v_tokens: Tensor, chosen: Tensor) -> Tensor:
+        """As a call, with the free blocks alone: `chosen` int64 `[T * Hkv, n]`, counted from the first free one."""
+        assert self._free is not None
+        rows, tokens, found, first = self._free
+        torch.gather(rows, 1, chosen, out=found)
+        torch.gather(tokens, 1, chosen, out=first)
+        return self._attend(q, k_rows, v_tokens, False)[0]
+
+    def _set(self, ids: Tensor) -> None:
         logical = self.cache.of_blocks(ids).view(self.entries, -1)
         if self.cache.per_block > 1:
             logical = logical.clamp(max=self.rows.shape[1] - 1)
@@ -228,6 +267,8 @@ class Chosen(_Attention):
             logical = torch.cat([logical, logical[:, -1:].expand(-1, missing)], 1)
         torch.gather(self.rows, 1, logical, out=self.found)
         torch.gather(self.tokens, 1, logical, out=self.first)
+
+    def _attend(self, q: Tensor, k_rows: Tensor, v_tokens: Tensor, lse: bool) -> tuple[Tensor, Tensor | None]:
         buffer = self.buffer(q, k_rows)
         self._places = self._places or buffer.split(self.found.view(self.entries, self.layout.chunks, -1))
         buffer.fill(q, k_rows, self._places)
@@ -235,68 +276,12 @@ class Chosen(_Attention):
         return out.view(q.shape), None if log_total is None else log_total.view(q.shape[:2])
 
 
-def _padded(listed: Tensor, layout: Layout) -> Tensor:
+def padded(listed: Tensor, layout: Layout) -> Tensor:
     """Rows `[n, rows]` of every sequence, filled up or cut to those of the layout."""
     size = layout.chunks * layout.rows
     if listed.shape[1] >= size:
         return listed[:, :size].contiguous()
     return torch.cat([listed, listed[:, -1:].expand(-1, size - listed.shape[1])], 1)
-
-
-class Choice:
-    """Block selection for sequences with the same number of queries, each with more blocks than the budget takes."""
-
-    def __init__(
-        self, plan: PagedPlan, cache: CacheRows, dim: int, heads: int, *, block_size: int, topk_blocks: int,
-        init_blocks: int, local_blocks: int, score_type: str,
-    ) -> None:  # fmt: skip
-        assert local_blocks
-        device, requests = plan.page_table.device, plan.requests
-        self.plan, self.cache, self.block_size, self.score_type = plan, cache, block_size, score_type
-        self.heads, self.queries, self.init_blocks = heads, requests[0].num_queries, init_blocks
-        self.free = slice(init_blocks, topk_blocks - local_blocks)
-        current = [[r.position(i) // block_size for i in range(self.queries)] for r in requests]
-        assert min(map(min, current)) >= topk_blocks
-        # Forced blocks are not scored: those between the first and the local ones compete for what is left.
-        self.stop = max(map(max, current)) + 1 - local_blocks
-        self.layout = Layout.of(cache, self.stop * cache.per_block, dim, cache.per_block)
-        found = _padded(plan.head_rows(cache), self.layout)
-        self.found = found.view(-1, self.layout.chunks, self.layout.rows)
-        self._follows = plan.first_page(cache) if len(requests) == 1 else None
-        now = torch.tensor(current, device=device).view(len(requests), self.queries, 1, 1)
-        self.hidden: Tensor | None = None
-        if min(map(min, current)) + 1 - local_blocks < self.stop:
-            self.hidden = torch.arange(init_blocks, self.stop, device=device) > now - local_blocks
-        ids = torch.arange(topk_blocks, device=device) - topk_blocks + 1 + now.flatten(0, 1)
-        ids[..., :init_blocks] = torch.arange(init_blocks, device=device)
-        self.forced = ids.expand(-1, heads, -1).contiguous()
-
-    def __call__(self, index_q: Tensor, rows: Tensor) -> Tensor:
-        """Scaled `index_q` `[T, Hi, Di]` -> int64 `[T, Hi, topk]`, ascending."""
-        layout = self.layout
-        if self._follows is not None and rows.dtype == index_q.dtype:
-            first, num_keys = self._follows * self.cache.per_page * layout.tokens, self.stop * self.block_size
-            keys = rows.view(-1, index_q.shape[2])[first : first + num_keys]
-            scores = F.linear(index_q.view(-1, index_q.shape[2]), keys).view(1, 1, -1, self.stop, self.block_size)
-        else:
-            count = self.queries * self.heads
-            buffer = ScoreBuffer.of(self.plan, layout, self.found.shape[0], count, index_q, rows)
-            scores = buffer.fill(index_q, rows, buffer.split(self.found))
-            scores = scores.view(*scores.shape[:3], -1, self.block_size)
-        best = scores.amax(-1) if self.score_type == "max" else scores.logsumexp(-1)
-        if best.shape[1] > 1:
-            best = best.transpose(1, 2).flatten(2)
-        best = best.reshape(-1, self.queries * self.heads, best.shape[-1])
-        if self.init_blocks or self.stop < best.shape[-1]:
-            best = best[..., self.init_blocks : self.stop]
-        if self.hidden is not None:
-            best = best.unflatten(1, (self.queries, self.heads)).masked_fill(self.hidden, -torch.inf)
-        # Stable: of equal scores the lower id comes first.
-        order = best.sort(dim=-1, descending=True, stable=True).indices
-        chosen = order[..., : self.free.stop - self.free.start].sort(-1).values
-        ids = self.forced.clone()
-        ids[..., self.free] = (chosen + self.init_blocks if self.init_blocks else chosen).reshape(*ids.shape[:2], -1)
-        return ids
 
 
 def wide(q: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ _GATHERED_ELEMENTS = 1 << 17
 _CHUNK_ELEMENTS = 1 << 18
 """Longer lists of keys are cut into chunks, so that all rows of queries find the values of a chunk in cache."""
 
+
 def gathered_together(elements: int) -> int:
     """How many lists of so many elements are gathered at once."""
     return max(1, _GATHERED_ELEMENTS * torch.get_num_threads() // elements)
@@ -71,6 +72,17 @@ class Seen:
         offsets = torch.where(row * layout.tokens + within < stop, within, (stop - 1) % layout.tokens)
         self.offsets = offsets.int()
 
+    def advance(self) -> int:
+        """Let the only query there is see one key more, in the row of the last; returns its column in its chunk."""
+        assert self._mask is None
+        column = self._column
+        # Whatever stood for the last token stands for the next, which follows it.
+        self.offsets.view(-1)[self.whole - self.layout.width + column :] += 1
+        self._column += 1
+        self._hides = self._column < self.layout.width
+        self._known = None
+        return column
+
     def hide(self, scores: Tensor) -> None:
         """Put -inf in `scores` `[n * heads, chunks, r, width]` wherever a query does not see the key."""
         if self._mask is not None:
@@ -108,10 +120,10 @@ class ScoreBuffer:
 
     @classmethod
     def of(cls, plan: PagedPlan, layout: Layout, entries: int, count: int, queries: Tensor, rows: Tensor) -> Self:
-        key = (layout, entries, count, queries.shape[-1], queries.dtype, rows.dtype, torch.get_num_threads())
-        key = (*key, _GATHERED_ELEMENTS)
+        dim, dtype = queries.shape[-1], queries.dtype
         return plan.memory.once(
-            key, lambda: cls(plan.memory, layout, entries, count, queries.shape[-1], queries.dtype, rows)
+            (layout, entries, count, dim, dtype, rows.dtype, gathered_together(1)),
+            lambda: cls(plan.memory, layout, entries, count, dim, dtype, rows),
         )
 
     def fill(self, queries: Tensor, rows: Tensor, places: Sequence[Tensor]) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minim3.kernels.portable import attention, decode, select
+from minim3.kernels.portable.choice import Choice
 from minim3.kernels.portable.plan import CacheRows, PagedPlan, Part, Request
 from minim3.kernels.sequences import Lengths, check_selection
 
@@ -65,7 +66,7 @@ def choose(plan: PagedPlan, queries: Tensor, index_k_pages: Tensor, selection: d
     heads, dim = queries.shape[1:]
     choice = plan.once(
         ("choice", cache, heads, dim, *selection.values()),
-        lambda: decode.Choice(plan, cache, dim, heads, **selection),
+        lambda: Choice(plan, cache, dim, heads, **selection),
     )
     return choice(queries, cache.view(index_k_pages))
 
@@ -79,12 +80,12 @@ def _selection_parts(
         budget = topk_blocks * block_size
         over = [r for r in plan.requests if r.length > budget]
         few = [r for r in over if local_blocks and r.num_queries <= FEW_TOKENS and r.position(0) >= budget]
-        return _parts(plan, few, heads), [r for r in over if r not in few]
+        return like_parts(plan, few, heads), [r for r in over if r not in few]
 
     return plan.once(("selection parts", block_size, topk_blocks, heads, local_blocks), make)
 
 
-def _parts(plan: PagedPlan, requests: Sequence[Request], heads: int) -> list[Part]:
+def like_parts(plan: PagedPlan, requests: Sequence[Request], heads: int) -> list[Part]:
     """Parts of as many queries a sequence and of like length, so that little is padded; scores stay within bounds."""
     parts: list[list[Request]] = []
     for r in sorted(requests, key=lambda r: (r.num_queries, r.length)):
@@ -115,64 +116,6 @@ def _plan(
 # Attention
 
 
-class StepAttention:
-    """Selection and attention of one step of few new tokens, for all layers of one kind. See `of`."""
-
-    def __init__(self, parts: Sequence[tuple[Part, decode.Choice | None, decode.Chosen | decode.Dense]]) -> None:
-        self._parts = parts
-
-    @classmethod
-    def of(
-        cls, plan: PagedPlan, cache: CacheRows, group: int, dim: int,
-        indexer: tuple[CacheRows, int, int, dict[str, Any]] | None,
-    ) -> "StepAttention | None":  # fmt: skip
-        """For a layer with `cache.heads` KV heads, each shared by `group` query heads of `dim`.
-
-        indexer: the rows of its index keys, its heads, their dimension and its selection; None for full attention.
-        Returns None where some sequence has many new tokens, or some of its queries are beyond the budget and some not.
-        """
-        if any(r.num_queries > FEW_TOKENS for r in plan.requests):
-            return None
-        over: list[Request] = []
-        parts: list[tuple[Part, decode.Choice | None, decode.Chosen | decode.Dense]] = []
-        if indexer is not None:
-            rows, index_heads, index_dim, selection = indexer
-            block_size, num_blocks = selection["block_size"], selection["topk_blocks"]
-            budget = block_size * num_blocks
-            over = [r for r in plan.requests if r.length > budget]
-            if over and (not selection["local_blocks"] or any(r.position(0) < budget for r in over)):
-                return None
-            for part in _parts(plan, over, cache.heads * group):
-                choice = decode.Choice(part.plan, rows, index_dim, index_heads, **selection)
-                chosen = decode.Chosen(part.plan, cache, dim, group, block_size, num_blocks)
-                parts.append((part, choice, chosen))
-        others = [r for r in plan.requests if r not in over]
-        for part in _parts(plan, others, cache.heads * group):
-            parts.append((part, None, decode.Dense(part.plan, cache, dim, group)))
-        return cls(parts)
-
-    def __call__(
-        self, q: Tensor, index_q: Tensor | None, k_rows: Tensor, v_tokens: Tensor, index_rows: Tensor | None
-    ) -> Tensor:
-        """Scaled `q` `[T, Hq, D]` and `index_q` `[T, Hi, Di]` -> out of the shape of `q`."""
-        out: Tensor | None = None
-        for part, choice, attention_of in self._parts:
-            if isinstance(attention_of, decode.Dense):
-                found, _ = attention_of(part.take(q), k_rows, v_tokens)
-            else:
-                assert choice is not None
-                assert index_q is not None
-                assert index_rows is not None
-                ids = choice(part.take(index_q), index_rows)
-                found, _ = attention_of(part.take(q), k_rows, v_tokens, ids)
-            if part.rows is None:
-                return found
-            out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-            out.index_copy_(0, part.rows, found)
-        assert out is not None
-        return out
-
-
 def paged_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
     scale: float | None = None, plan: PagedPlan | None = None,
@@ -183,7 +126,7 @@ def paged_attention(
     queries = decode.wide(q) * scale
     heads = q.shape[1]
     few = [r for r in plan.requests if r.num_queries <= FEW_TOKENS]
-    parts = plan.once(("dense parts", heads), lambda: _parts(plan, few, heads))
+    parts = plan.once(("dense parts", heads), lambda: like_parts(plan, few, heads))
     if len(parts) == 1 and parts[0].rows is None:
         out, lse = attend_all(parts[0].plan, queries, k_pages, v_pages, lse=True)
         assert lse is not None
@@ -285,7 +228,7 @@ def _sparse_parts(
         full = [r for r in few if r.position(0) >= budget]
         whole = [r for r in few if r.length <= budget]
         rest = [r for r in plan.requests if r not in full and r not in whole]
-        return _split(plan, full, heads * budget), _parts(plan, whole, heads), rest
+        return _split(plan, full, heads * budget), like_parts(plan, whole, heads), rest
 
     return plan.once(("sparse parts", budget, heads), make)
 

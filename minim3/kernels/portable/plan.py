@@ -83,6 +83,8 @@ class Scratch:
     def __init__(self) -> None:
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
         self._made: dict[Hashable, Any] = {}
+        self.steps: dict[Hashable, Any] = {}
+        """What the last step was prepared with, for the next one to go on from."""
 
     def take(self, name: str, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Uninitialised `[numel]`, which the next call under this name may hand out again."""
