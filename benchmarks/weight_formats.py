@@ -198,10 +198,12 @@ def perplexity(model: Any, processor: Any, cases: Sequence[evaluate.Case]) -> fl
         start = processor.apply_chat_template(prompt)["input_ids"].shape[1]
         whole = [*prompt, {"role": "assistant", "content": case.question.answer}]
         inputs = dict(processor.apply_chat_template(whole, add_generation_prompt=False))
-        ids = inputs["input_ids"]
-        logits = model(**inputs).logits[0, start - 1 : -1].float()
-        loss += float(F.cross_entropy(logits, ids[0, start:], reduction="sum"))
-        count += ids.shape[1] - start
+        ids = inputs["input_ids"][0]
+        # What the template puts after the end of a turn is never generated, and was never trained.
+        stop = start + ids[start:].tolist().index(processor.tokenizer.eos_token_id) + 1
+        logits = model(**inputs).logits[0, start - 1 : stop - 1].float()
+        loss += float(F.cross_entropy(logits, ids[start:stop], reduction="sum"))
+        count += stop - start
     return math.exp(loss / count)
 
 
