@@ -212,6 +212,23 @@ def test_both_forms_of_sparse_pieces_agree(monkeypatch: pytest.MonkeyPatch) -> N
         close(got, want, 1e-5 if i < 2 else 1e-4)
 
 
+@pytest.mark.parametrize("reach", [60.0, float("-inf")])
+def test_blocks_that_all_rows_choose(monkeypatch: pytest.MonkeyPatch, reach: float) -> None:
+    """Runs of rows need no gather: initial blocks, a stretch that looks for one thing, rows that leave a block out."""
+    monkeypatch.setattr(products, "_REACH", reach)
+    case = Case([400], [390])
+    case.index_q = case.index_q[::60].repeat_interleave(60, 0)[:390]
+    ids = case.ids(init_blocks=1)
+    runs = list(products.choices(ids, Span(0, 390, 0, 400, 10), 16)[0].rows_by_block)
+    assert runs[0] == slice(6, 390)
+    assert any(isinstance(rows, slice) and rows != runs[0] for rows in runs)
+    assert any(isinstance(rows, Tensor) and rows.shape[0] for rows in runs)
+    for i, (got, want) in enumerate(zip(case.attend(ids, "portable"), case.attend(ids, "reference"))):
+        close(got, want, 1e-5 if i < 2 else 1e-4)
+    for got, want in zip(case.align(ids, "portable"), case.align(ids, "reference")):
+        close(got, want, 1e-4)
+
+
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor any operator returns."""
 

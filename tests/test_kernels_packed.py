@@ -406,7 +406,7 @@ def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of a long document, made tiny here, add up: selection, attention, its gradient and the alignment loss."""
     for module, name, size in (
         (kernels.portable.products, "_TILE_ROWS", 19),
-        (kernels.portable.products, "_GATHERED_ROWS", 12),
+        (kernels.portable.products, "_PRODUCT_ROWS", 12),
         (kernels.portable.select, "_TILE_ROWS", 10),
         (kernels.portable.select, "_TILE_SCORES", 400),
         (kernels.portable.alignment, "_TILE_SCORES", 64),

@@ -206,9 +206,9 @@ def _subtract_log_sum_exp(rows: Tensor, keys: Tensor, choice: products.Choice) -
         scores = torch.mm(rows[part].view(-1, width), keys[seen].t()).view(-1, group, hidden.shape[-1])
         lse[part] = scores.masked_fill_(hidden, float("-inf")).logsumexp(-1)
     for chosen, block_keys in products.chosen_parts(choice, group, keys):
-        scores = torch.mm(flat.index_select(0, chosen).view(-1, width), block_keys.t())
-        total = torch.logaddexp(lse.index_select(0, chosen), scores.logsumexp(-1).view(-1, group))
-        lse.index_copy_(0, chosen, total)
+        scores = torch.mm(products.take(flat, chosen).view(-1, width), block_keys.t())
+        total = torch.logaddexp(products.take(lse, chosen), scores.logsumexp(-1).view(-1, group))
+        lse[chosen] = total
     torch.neg(lse, out=rows[..., -1])
 
 
@@ -238,6 +238,6 @@ def _sparse_tile(
     for at, seen, hidden in products.own_parts(choice, rows, main.device):
         grad[at] = part(main[at], flat_index[at], hidden.squeeze(1), keys[seen], index_keys[seen], grad_keys[seen])
     for chosen, *block in products.chosen_parts(choice, group, keys, index_keys, grad_keys):
-        rows_grad = part(flat_main.index_select(0, chosen), flat_index.index_select(0, chosen), None, *block)
-        grad.index_add_(0, chosen, rows_grad)
+        rows_grad = part(products.take(flat_main, chosen), products.take(flat_index, chosen), None, *block)
+        products.add_to(grad, chosen, rows_grad)
     return loss, grad

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from minim3.kernels.portable.flash import attend, attend_backward, merge
-from minim3.kernels.portable.products import Choice
+from minim3.kernels.portable.products import Choice, take
 from minim3.kernels.sequences import Span
 
 
@@ -61,14 +61,14 @@ def sparse_forward(q: Tensor, k: Tensor, v: Tensor, choice: Choice, scale: float
         lse.masked_fill_(choice.without_own[:, None], float("-inf"))
     q, result, result_lse = (x.contiguous() for x in (q, out, lse))
     for chosen, keys, values in zip(choice.rows_by_block, k.split(block_size), v.split(block_size)):
-        if not chosen.shape[0]:
+        if isinstance(chosen, Tensor) and not chosen.shape[0]:
             continue
-        gathered = q.index_select(0, chosen).view(1, 1, -1, q.shape[2])
+        gathered = take(q, chosen).view(1, 1, -1, q.shape[2])
         part = attend(gathered, _in_blocks(keys), _in_blocks(values), causal=False, scale=scale)
-        old = result.index_select(0, chosen).view_as(gathered), result_lse.index_select(0, chosen).view(1, 1, -1)
+        old = take(result, chosen).view_as(gathered), take(result_lse, chosen).view(1, 1, -1)
         new, new_lse = merge(*old, *part)
-        result.index_copy_(0, chosen, new.view(-1, *result.shape[1:]))
-        result_lse.index_copy_(0, chosen, new_lse.view(-1, result_lse.shape[1]))
+        result[chosen] = new.view(-1, *result.shape[1:])
+        result_lse[chosen] = new_lse.view(-1, result_lse.shape[1])
     assert not bool(torch.isneginf(result_lse).any()), "a query sees no key"
     out.copy_(result)
     lse.copy_(result_lse)

@@ -11,8 +11,8 @@ A tile is R rows (queries) and the keys up to its last row; G query heads share 
 E = D + 1. Rows lie as `[R, G, E]`: a row with all of its heads is contiguous, and a gather copies whole rows.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +25,11 @@ _REACH = 60.0
 _TILE_ROWS = 4096
 """Queries handled at once: what one KV head needs of them stays in the last-level cache."""
 
-_GATHERED_ROWS = 1024
-"""Rows times heads of a product: its scores over a block of keys stay in a core's own cache."""
+_PRODUCT_ROWS = 512
+"""Rows times heads of a product for each thread: its scores over a block of keys stay in a core's own cache."""
+
+Rows = Tensor | slice
+"""Rows of a tile in ascending order: int64 indices, or a run of them, which needs no gather."""
 
 
 class Choice(NamedTuple):
@@ -34,7 +37,7 @@ class Choice(NamedTuple):
 
     offset: int
     block_size: int
-    rows_by_block: tuple[Tensor, ...]  # int64: rows that chose each block before their own
+    rows_by_block: Sequence[Rows]  # rows that chose each block before their own
     without_own: Tensor | None  # bool [R]: rows that did not choose their own block; None: there are none
 
 
@@ -55,7 +58,15 @@ def choices(ids: Tensor, tile: Span, block_size: int) -> list[Choice]:
     ids = torch.where((ids < 0) | (ids >= current), num_blocks, ids).permute(1, 2, 0)
     member = torch.zeros(kv_heads, num_blocks + 1, tile.num_queries, dtype=torch.bool, device=ids.device)
     member = member.scatter_(1, ids, True)[:, :num_blocks].contiguous()
-    rows = member.nonzero()[:, 2].contiguous().split(member.sum(-1).flatten().tolist())
+    counts = member.sum(-1).flatten()
+    flat = member.nonzero()[:, 2].contiguous()
+    stops = counts.cumsum(0)
+    rows: list[Rows] = list(flat.split(counts.tolist()))
+    if flat.shape[0]:
+        first = flat[(stops - counts).clamp_(max=flat.shape[0] - 1)]
+        last = flat[(stops - 1).clamp_(min=0)]
+        for i in ((last - first + 1 == counts) & (counts > 0)).nonzero().flatten().tolist():
+            rows[i] = slice(int(first[i]), int(last[i]) + 1)
     return [
         Choice(tile.offset, block_size, rows[h * num_blocks : (h + 1) * num_blocks], without_own[h] if some else None)
         for h, some in enumerate(without_own.any(-1).tolist())
@@ -102,15 +113,13 @@ def forward(
     gathered, partial = q.new_empty(2, min(row_limit(group), rows), width)
     scores = scores.view(-1, choice.block_size)
     for chosen, block_keys, values in chosen_parts(choice, group, keys, v):
-        count = chosen.shape[0]
-        x, y, p = gathered[:count], partial[:count], scores[: count * group]
-        torch.index_select(flat_queries, 0, chosen, out=x)
+        x = take(flat_queries, chosen, gathered)
+        y, p = partial[: x.shape[0]], scores[: x.shape[0] * group]
         torch.mm(x.view(-1, dim + 1), block_keys.t(), out=p).exp_()
         result = y.view(-1, dim + 1)
         torch.mm(p, values, out=result[:, :dim])
         torch.sum(p, -1, out=result[:, dim])
-        # Rows are distinct within a block, so their sums have one order.
-        flat_sums.index_add_(0, chosen, y)
+        add_to(flat_sums, chosen, y)
     torch.div(sums[..., :dim], sums[..., dim:], out=out)
     torch.add(sums[..., dim].log_(), reference, out=lse)
 
@@ -149,10 +158,10 @@ def backward(
     gathered = q.new_empty(min(row_limit(group), rows), flat_both.shape[1])
     partial = q.new_empty(gathered.shape[0], group * dim)
     for chosen, *block in chosen_parts(choice, group, keys, values, grad_k, grad_v):
-        x, y = gathered[: chosen.shape[0]], partial[: chosen.shape[0]]
-        torch.index_select(flat_both, 0, chosen, out=x)
+        x = take(flat_both, chosen, gathered)
+        y = partial[: x.shape[0]]
         add(x, None, y, *block)
-        flat_sums.index_add_(0, chosen, y)
+        add_to(flat_sums, chosen, y)
     torch.mul(sums, scale, out=grad_q)
 
 
@@ -170,17 +179,35 @@ def own_parts(choice: Choice, rows: int, device: torch.device) -> Iterator[tuple
         row = stop
 
 
-def chosen_parts(choice: Choice, group: int, *by_key: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def chosen_parts(choice: Choice, group: int, *by_key: Tensor) -> Iterator[tuple[Any, ...]]:
     """(rows that chose a block, the block of each tensor `[S, ...]`), a limited number of rows at a time."""
     limit = row_limit(group)
     for rows, *block in zip(choice.rows_by_block, *(x.split(choice.block_size) for x in by_key)):
-        if rows.shape[0]:
+        if isinstance(rows, slice):
+            for start in range(rows.start, rows.stop, limit):
+                yield slice(start, min(start + limit, rows.stop)), *block
+        elif rows.shape[0]:
             for part in rows.split(limit) if rows.shape[0] > limit else (rows,):
                 yield part, *block
 
 
+def take(x: Tensor, rows: Rows, buffer: Tensor | None = None) -> Tensor:
+    """These rows of `x`: a view of a run, a copy (to `buffer`) of others."""
+    if isinstance(rows, slice):
+        return x[rows]
+    return x.index_select(0, rows) if buffer is None else torch.index_select(x, 0, rows, out=buffer[: rows.shape[0]])
+
+
+def add_to(x: Tensor, rows: Rows, values: Tensor) -> None:
+    """Rows are distinct within a block, so their sums have one order."""
+    if isinstance(rows, slice):
+        x[rows] += values
+    else:
+        x.index_add_(0, rows, values)
+
+
 def row_limit(group: int) -> int:
-    return max(1, _GATHERED_ROWS // group)
+    return max(1, _PRODUCT_ROWS * torch.get_num_threads() // group)
 
 
 def score_buffer(q: Tensor, choice: Choice) -> Tensor:

@@ -1,0 +1,70 @@
+"""The indexer's alignment loss with its gradient: over selected keys, and over all keys (warm-up).
+
+The layer of `attention_prefill`, random selection. Its cost over selected keys grows with the length, over all keys
+with its square.
+"""
+
+import statistics
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention_prefill import (
+    BLOCK,
+    DIM,
+    HEADS,
+    KV_HEADS,
+    Layer,
+    make_layer,
+    options_of,
+    selected_pairs,
+    warm_up,
+)
+from benchmarks.report import PRODUCT_FLOPS, Claim, alternate, plot_lines, product, publish, share_of_products
+from minim3 import kernels
+
+
+def align(layer: Layer, ids: Tensor | None) -> Callable[[], object]:
+    index = [x.detach().requires_grad_() for x in (layer.index_q, layer.index_k)]
+    cu = layer.cu_seqlens
+    return lambda: torch.autograd.grad(
+        kernels.indexer_kl(layer.q, layer.k, *index, ids, cu, cu, block_size=BLOCK), index
+    )
+
+
+def main() -> None:
+    parser = options_of(__doc__ or "", [2048, 4096, 8192])
+    parser.add_argument("--longest-warm-up", type=int, default=4096)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
+    claims: list[Claim] = []
+    lines: dict[str, dict[int, float]] = {"selected keys": {}, "all keys": {}}
+    warm_up(lambda layer: align(layer, layer.select())())
+    for length in options.lengths:
+        layer = make_layer(length, "random")
+        ids = layer.select()
+        sides = {"product": product(), "selected keys": align(layer, ids)}
+        if length <= options.longest_warm_up:
+            sides["all keys"] = align(layer, None)
+        seconds = alternate(sides, options.rounds, options.clock)
+        for side, values in seconds.items():
+            if side == "product":
+                continue
+            claims.append(Claim(f"alignment over {side}, {length} tokens", None, statistics.median(values), "s"))
+            lines[side][length] = statistics.median(values)
+        # Scores of both branches and the two gradients of the index branch.
+        flops = 2 * (DIM * HEADS + 3 * DIM * KV_HEADS) * selected_pairs(ids) / HEADS
+        share = share_of_products(flops, seconds["selected keys"], seconds["product"])
+        claims.append(Claim(f"useful products of the alignment, {length} tokens", None, flops / 1e9, "GFLOP"))
+        claims.append(Claim(f"share of the matrix rate, {length} tokens", None, share, "%"))
+    rate = PRODUCT_FLOPS / min(seconds["product"]) / 1e9
+    publish([Claim(f"fp32 matrix product, {threads}", None, rate, "GFLOP/s"), *claims], options.json)
+    if options.plot is not None:
+        title = f"Alignment loss and gradient of one layer, fp32, {threads}"
+        plot_lines(options.plot, title, "seconds", {name: line for name, line in lines.items() if line})
+
+
+if __name__ == "__main__":
+    main()
