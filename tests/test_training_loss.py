@@ -16,8 +16,10 @@ from minim3.training.data import IGNORED, Batch, BatchBuilder
 from minim3.training.loss import ChunkedCrossEntropy, compute_losses, mtp_labels
 from minim3.training.muon import Muon
 from minim3.training.optim import (
+    VISION,
     MovingAverage,
     build_optimizer,
+    freeze_parts,
     load_imbalance,
     moe_layers,
     parameter_groups,
@@ -282,6 +284,18 @@ def test_muon_moves_the_matrices_of_layers_and_adamw_the_rest(model: Any) -> Non
         if any(key in name.rsplit(".layers.", 1)[-1] for key in outside) and not name.endswith("proj.weight"):
             assert not group["use_muon"], name
         assert group["peak_lr"] in ((0.02, 0.01) if group["use_muon"] else (1e-3, 0.5e-3)), name
+
+
+def test_a_rate_of_zero_freezes_the_vision_part(model: Any) -> None:
+    """Muon's updates have a size of their own: a tower left in its groups forgot the shapes it knew."""
+    def names(groups: list[Any]) -> set[str]:
+        return {name for group in groups for name in group["param_names"]}
+
+    recipe = OptimRecipe(kind="muon", vision_lr_scale=0.0)
+    freeze_parts(model, recipe)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith(VISION)}
+    assert not names(parameter_groups(model, recipe)) & frozen
 
 
 def test_a_muon_update_is_orthogonal_for_every_matrix_of_a_stack() -> None:

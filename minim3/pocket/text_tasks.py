@@ -1,6 +1,7 @@
 """Tasks without a picture: copy words, look up a key, add two numbers, and a few words of small talk.
 
-Words come from `WORDS`, each of which the tokenizer holds as one token. Small talk is trained, so that a chat does not
+Words come from `WORDS`, each of which the tokenizer holds as one token. What was looked up is answered with its key, as
+the pair stands in the table. Small talk is trained, so that a chat does not
 feel broken, and is not scored.
 """
 
@@ -91,7 +92,8 @@ def ask_text(kind: str, rng: np.random.Generator, *, held_out_wording: bool = Fa
     between, after = TABLE_STYLES[int(rng.integers(len(TABLE_STYLES)))]
     table = after.join(f"{key}{between}{value}" for key, value in zip(keys, values))
     asked = int(rng.integers(NUM_LOOKUP_PAIRS))
-    return Question(kind, kind, template.format(table=table, key=keys[asked]), values[asked], held_out_wording)
+    answer = f"{keys[asked]}{between}{values[asked]}"
+    return Question(kind, kind, template.format(table=table, key=keys[asked]), answer, held_out_wording)
 
 
 def ask_lookups(rng: np.random.Generator, num_turns: int) -> list[Question]:
@@ -102,11 +104,12 @@ def ask_lookups(rng: np.random.Generator, num_turns: int) -> list[Question]:
     first = ask_text("lookup", rng)
     lines = re.findall(r"(\w+)(?:: | is | ?= ?)(\w+)", first.text)
     pairs = {key: value for key, value in lines if key in WORDS and value in WORDS}
-    keys = [str(key) for key in rng.permutation([key for key in pairs if pairs[key] != first.answer])]
+    asked, between, _ = re.fullmatch(r"(\w+)(\W+|\W+is\W+)(\w+)", first.answer).groups()  # type: ignore[union-attr]
+    keys = [str(key) for key in rng.permutation([key for key in pairs if key != asked])]
     turns = [first]
     for key in keys[: num_turns - 1]:
         wording = FOLLOW_UPS[int(rng.integers(len(FOLLOW_UPS)))]
-        turns.append(Question("lookup", "lookup", wording.format(key=key), pairs[key], False))
+        turns.append(Question("lookup", "lookup", wording.format(key=key), f"{key}{between}{pairs[key]}", False))
     return turns
 
 

@@ -101,7 +101,7 @@ class OptimRecipe:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     indexer_lr_scale: float = 1.0
-    vision_lr_scale: float = 1.0
+    vision_lr_scale: float = 1.0  # 0 freezes the vision tower and its projectors
     head_norm_lr_scale: float = 1.0  # of the per-head norms of queries and keys: they set how sharp attention can be
     router_bias_step: float = 1e-3
     router_bias_follows_schedule: bool = False

@@ -16,6 +16,14 @@ OUTSIDE_LAYERS = ("embed_tokens", "lm_head", "patch_embedding", ".gate.weight")
 HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
 
 
+def freeze_parts(model: nn.Module, recipe: OptimRecipe) -> None:
+    """Take no gradients where the recipe's rate is 0: no backward pass, no memory for it."""
+    if recipe.vision_lr_scale == 0:
+        for name, parameter in model.named_parameters():
+            if name.startswith(VISION):
+                parameter.requires_grad_(False)
+
+
 def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, Any]]:
     """Groups by part (indexer, vision, per-head norms, rest), by decay (matrices decay, the rest does not) and by rule.
 

@@ -31,6 +31,7 @@ from minim3.training.loss import compute_losses
 from minim3.training.optim import (
     MovingAverage,
     build_optimizer,
+    freeze_parts,
     load_imbalance,
     moe_layers,
     schedule_factor,
@@ -68,6 +69,7 @@ def train(recipe: TrainingConfig, *, resume: bool = True) -> TrainingResult:
     processor = load_processor(recipe.data.processor)
     model = build_model(recipe).to(device).train()
     check_vocabulary(model, processor)
+    freeze_parts(model, recipe.optim)
     routers = moe_layers(model)
     optimizer = build_optimizer(model, recipe.optim)
     average = MovingAverage(model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
