@@ -174,6 +174,15 @@ def test_it_works_outside_of_inference_mode_after_it() -> None:
             assert decoding.forward_packed(embeddings(batch), batch) is not None
 
 
+def test_a_model_made_in_inference_mode_is_run_too() -> None:
+    """Its weights count no changes, and may not be written to outside of that mode."""
+    with torch.inference_mode():
+        model = tiny_models.text_model()
+        decoding = prepared(model)
+        compare(model, decoding, [(9, 1)])
+        compare(model, decoding, [(9, 1), (3, 2)])
+
+
 def _replace_parameter(model: Any) -> None:
     attention = model.text_model.layers[1].self_attn
     attention.o_proj.weight = nn.Parameter(attention.o_proj.weight.detach() * 2)

@@ -9,20 +9,23 @@ Shape legend: T new tokens, H hidden size, R heads of all normed projections, D 
 """
 
 from collections.abc import Callable, Sequence
-from operator import attrgetter, is_
+from math import exp
+from operator import add, attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from minim3 import kernels
+from minim3.kernels.portable.experts import FEW_ROWS, add_experts
 from minim3.kernels.portable.paged import FEW_TOKENS
 from minim3.kernels.portable.plan import CacheRows
 from minim3.kernels.portable.step import Indexer, StepAttention
 from minim3.model.attention import MiniMaxM3Attention, PackedProjection
 from minim3.model.batch import ForwardBatch, LayerPages
 from minim3.model.decoder import Block, MiniMaxM3TextModel
-from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, PackedLinears, RotaryFactors
+from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, PackedLinears, RotaryFactors, rotary_frequencies
 from minim3.model.moe import MiniMaxM3Experts, MiniMaxM3MoE
 
 MOST_TOKENS = 256
@@ -99,26 +102,50 @@ def _is_plain(weight: Any) -> bool:
     return type(weight) in (Tensor, nn.Parameter) and weight.dtype == torch.float32 and weight.device.type == "cpu"
 
 
+class _InverseRoot:
+    """`1 / sqrt(sum x^2 + eps)` over the last dimension of `[..., dim]`, into a buffer.
+
+    Made of the operators that run before and after it: the code of others would have to be fetched first, since weights
+    have gone through the caches in between. A norm of torch takes half as long again.
+    """
+
+    def __init__(self, shape: Sequence[int], eps: float) -> None:
+        self._square = torch.zeros(*shape)
+        self._rows = self._square.view(-1, shape[-1])
+        self._eps = torch.full((self._rows.shape[0],), eps)
+        self._ones = torch.ones(shape[-1])
+        self._sums = torch.zeros(self._rows.shape[0])
+        self._out = self._sums.view(*shape[:-1], 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        torch.mul(x, x, out=self._square)
+        torch.addmv(self._eps, self._rows, self._ones, out=self._sums)
+        self._sums.rsqrt_()
+        return self._out
+
+
 class _Norm:
-    """`x / rms(x) * scale`, as `x sqrt(dim) scale / sqrt(|x|^2 + dim eps)`; the root is a hypotenuse."""
+    """`x / rms(x) * scale`, as `x sqrt(dim) scale / sqrt(sum x^2 + dim eps)`."""
 
     def __init__(self, norm: MiniMaxM3RMSNorm) -> None:
-        dim = norm.weight.shape[0]
-        self.scale = norm.scale().detach() * dim**0.5
-        self.root_eps = torch.tensor((dim * norm.eps) ** 0.5)
+        self.dim = norm.weight.shape[0]
+        self.scale = norm.scale().detach() * self.dim**0.5
+        self.eps = self.dim * norm.eps
 
-    def into(self, x: Tensor, size: Tensor, out: Tensor) -> None:
-        torch.linalg.vector_norm(x, dim=-1, keepdim=True, out=size)
-        torch.hypot(size, self.root_eps, out=size)
-        torch.mul(torch.div(x, size, out=out), self.scale, out=out)
+    def into(self, x: _Rows, out: _Rows, space: _Space) -> None:
+        root = space.once(("root", self.dim, self.eps), lambda: _InverseRoot((space.tokens, self.dim), self.eps))
+        torch.mul(torch.mul(x.all, root(x.all), out=out.all), self.scale, out=out.all)
 
 
 class _Activation:
     """SwiGLU-OAI of rows `[r, 2F]` into `[r, F]`, times alpha: `silu(alpha gate)` is alpha times what is wanted."""
 
     def __init__(self, owner: Any, rows: int, width: int) -> None:
+        # A tensor: an operator makes one of a plain number each time it runs.
+        self.slope = torch.tensor(owner.alpha)
         self.alpha, self.beta = owner.alpha, owner.beta
         self.gate_up, self.out = torch.zeros(rows, 2 * width), torch.zeros(rows, width)
+        self.gate_up_row, self.out_row = self.gate_up[0], self.out[0]
         self.gate, self.up = self.gate_up.chunk(2, dim=-1)
         self.high = self.low = None
         if owner.limit:
@@ -128,8 +155,8 @@ class _Activation:
     def __call__(self) -> None:
         if self.high is not None:
             torch.clamp(self.gate_up, self.low, self.high, out=self.gate_up)
-        gate = self.gate if self.alpha == 1.0 else torch.mul(self.gate, self.alpha, out=self.out)
-        torch.ops.aten.silu.out(gate, out=self.out)
+        torch.mul(self.gate, self.slope, out=self.out)
+        F.silu(self.out, inplace=True)
         if self.beta == 1.0:
             torch.addcmul(self.out, self.out, self.up, out=self.out)
         else:
@@ -154,9 +181,15 @@ class _MLP:
             x.all.add_(self.mlp(normed.all))
             return
         act = space.once(("mlp", self.width), lambda: _Activation(self.mlp, space.tokens, self.width))
-        torch.mm(normed.all, self.gate_up.turned, out=act.gate_up)
-        act()
-        torch.addmm(x.all, act.out, self.down.turned, alpha=1.0 / self.mlp.alpha, out=x.all)
+        slope = 1.0 / self.mlp.alpha
+        if x.single:
+            torch.mv(self.gate_up.weight, normed.row, out=act.gate_up_row)
+            act()
+            torch.addmv(x.row, self.down.weight, act.out_row, alpha=slope, out=x.row)
+        else:
+            torch.mm(normed.all, self.gate_up.turned, out=act.gate_up)
+            act()
+            torch.addmm(x.all, act.out, self.down.turned, alpha=slope, out=x.all)
 
 
 class _MoE:
@@ -166,6 +199,8 @@ class _MoE:
         self.moe = moe
         self.gate = moe.gate.weight.detach()
         self.turned = self.gate.t()
+        bias = moe.e_score_correction_bias
+        self.bias: list[float] | None = None if bias is None else bias.tolist()
         self.shared = None if moe.shared_experts is None else _MLP(moe.shared_experts)
         experts: Any = moe.experts
         self.plain = (
@@ -174,6 +209,8 @@ class _MoE:
         )  # fmt: skip
         if self.plain:
             self.w13, self.w2 = experts.w13.detach().unbind(), experts.w2.detach().unbind()
+            self.turned_w13 = experts.w13.detach().transpose(1, 2).unbind()
+            self.turned_w2 = experts.w2.detach().transpose(1, 2).unbind()
             self.width = experts.w2.shape[2]
         self.joined = self.plain and self.shared is not None and self.shared.plain and self.shared.width == self.width
 
@@ -182,7 +219,12 @@ class _MoE:
         if not self.plain or not normed.single:
             torch.mm(normed.all, self.turned, out=logits.all)
             expert_ids, weights = self.moe.route(logits.all)
-            x.all.add_(self.moe.experts(normed.all, expert_ids, weights))
+            if self.plain and expert_ids.numel() <= FEW_ROWS:
+                experts = self.moe.experts
+                activation = experts.alpha, experts.limit, experts.beta
+                add_experts(x.all, normed.all, self.turned_w13, self.turned_w2, expert_ids, weights, activation)
+            else:
+                x.all.add_(self.moe.experts(normed.all, expert_ids, weights))
             if self.shared is not None:
                 self.shared.add_to(normed, x, space)
             return
@@ -212,24 +254,32 @@ class _MoE:
         """`MiniMaxM3MoE.route` of one token: the chosen experts, and their weights over alpha (see `_Activation`)."""
         moe = self.moe
         torch.mv(self.gate, normed, out=logits.row)
-        scores = logits.row.sigmoid() if moe.scoring_func == "sigmoid" else logits.row.softmax(-1)
-        bias = moe.e_score_correction_bias
-        choice = scores if bias is None else scores + bias
-        chosen = choice.topk(moe.num_experts_per_tok, sorted=False).indices.tolist()
-        values = scores.tolist()
-        factor = moe.routed_scaling_factor / sum([values[expert] for expert in chosen]) / moe.experts.alpha
-        return [(expert, values[expert] * factor) for expert in chosen]
+        # A few numbers are sooner sorted here than by three operators.
+        values: list[float] = logits.row.tolist()
+        if moe.scoring_func == "sigmoid":
+            scores = [1.0 / (1.0 + exp(-value)) if value > -700.0 else 0.0 for value in values]
+        else:
+            largest = max(values)
+            scores = [exp(value - largest) for value in values]
+            total = sum(scores)
+            scores = [score / total for score in scores]
+        choice = scores if self.bias is None else list(map(add, scores, self.bias))
+        chosen = sorted(range(len(choice)), key=choice.__getitem__, reverse=True)[: moe.num_experts_per_tok]
+        factor = moe.routed_scaling_factor / sum([scores[expert] for expert in chosen]) / moe.experts.alpha
+        return [(expert, scores[expert] * factor) for expert in chosen]
 
 
 class _Heads:
     """The buffers of all heads of the projections of a kind of layer."""
 
-    def __init__(self, tokens: int, heads: Sequence[int], num_values: int, dim: int, half: int) -> None:
+    def __init__(
+        self, tokens: int, heads: Sequence[int], num_values: int, dim: int, half: int, eps: float
+    ) -> None:
         normed = sum(heads)
         self.rows = _Rows(torch.zeros(tokens, (normed + num_values) * dim))
         projected = self.rows.all.view(tokens, normed + num_values, dim)
         self.before, self.values = projected[:, :normed], projected[:, normed:]
-        self.size = torch.zeros(tokens, normed, 1)
+        self.root = _InverseRoot((tokens, normed, dim), eps)
         self.normed = torch.zeros(tokens, normed, dim)
         self.turned = torch.zeros(tokens, normed, dim)
         self.first, self.second = self.normed[..., :half], self.normed[..., half : 2 * half]
@@ -255,7 +305,7 @@ class _Attention:
         factors = [self.dim**-0.5, 1.0, self.dim**-0.5, 1.0][: len(self.heads)]
         rows = torch.cat([torch.full((n, 1), factor) for n, factor in zip(self.heads, factors)])
         self.scale = packed.scale.scale * rows
-        self.root_eps = packed.scale.sum_eps.sqrt()
+        self.eps = float(packed.scale.sum_eps)
         self.selection: dict[str, Any] | None = None
         if attention.indexer is not None:
             self.selection = {k: v for k, v in attention.indexer.selection.items() if k != "implementation"}
@@ -263,7 +313,7 @@ class _Attention:
     @property
     def kind(self) -> tuple[Any, ...]:
         """Layers of one kind share what is made once a step."""
-        return self.dim, *self.heads, self.num_values, *(self.selection or {}).values()
+        return self.dim, *self.heads, self.num_values, self.eps, *(self.selection or {}).values()
 
     def prepare(self, pages: LayerPages, batch: ForwardBatch, space: _Space, rotary: RotaryFactors) -> "_Step | None":
         """What the layers of this kind share in this step; None if it has no form here."""
@@ -281,20 +331,19 @@ class _Attention:
             return None
         half = rotary.sin.shape[-1]
         heads: _Heads = space.once(
-            ("heads", *self.heads, self.num_values, self.dim, half),
-            lambda: _Heads(space.tokens, self.heads, self.num_values, self.dim, half),
+            ("heads", *self.heads, self.num_values, self.dim, half, self.eps),
+            lambda: _Heads(space.tokens, self.heads, self.num_values, self.dim, half, self.eps),
         )
         stores = [(batch.pages.token_rows(count), new, kept) for count, new, kept in heads.stored]
-        return _Step(attend, rows, index_rows, rotary, heads, stores)
+        return _Step(attend, rows, index_rows, rotary, -rotary.sin, heads, stores)
 
     def add_to(self, normed: _Rows, x: _Rows, step: "_Step", pages: LayerPages) -> None:
         heads, rotary = step.heads, step.rotary
         self.project.into(normed, heads.rows)
-        torch.linalg.vector_norm(heads.before, dim=-1, keepdim=True, out=heads.size)
-        torch.hypot(heads.size, self.root_eps, out=heads.size)
-        torch.mul(torch.div(heads.before, heads.size, out=heads.normed), self.scale, out=heads.normed)
+        torch.mul(heads.before, heads.root(heads.before), out=heads.normed)
+        torch.mul(heads.normed, self.scale, out=heads.normed)
         torch.mul(heads.normed, rotary.cos, out=heads.turned)
-        torch.addcmul(heads.turned_first, heads.second, rotary.sin, value=-1, out=heads.turned_first)
+        torch.addcmul(heads.turned_first, heads.second, step.minus_sin, out=heads.turned_first)
         torch.addcmul(heads.turned_second, heads.first, rotary.sin, out=heads.turned_second)
         for place, (slots, new, rows) in zip(pages.tokens, step.stores):
             place.index_copy_(0, slots, new.reshape(-1, self.dim) if rows is None else rows)
@@ -313,6 +362,7 @@ class _Step(NamedTuple):
     layout: CacheRows
     index_layout: CacheRows | None
     rotary: RotaryFactors
+    minus_sin: Tensor
     heads: _Heads
     stores: list[tuple[Tensor, Tensor, Tensor | None]]
 
@@ -335,6 +385,8 @@ class DecodingModel:
         self._layers = layers
         self._kinds = {layer.kind: layer for layer in layers}
         self._norm = _Norm(model.norm)
+        self._frequencies = rotary_frequencies(model.config.rotary_dim, model.config.rope_theta)
+        self._head_dim = model.config.head_dim
         self._spaces: dict[int, _Space] = {}
         self._watch = _Watch(model)
 
@@ -344,6 +396,8 @@ class DecodingModel:
         layers = []
         with torch.inference_mode(False), torch.no_grad():
             if type(model) is not MiniMaxM3TextModel or not _is_plain(model.norm.weight):
+                return None
+            if not model.config.swiglu_alpha:  # `_Activation` divides by it
                 return None
             for block in model.layers:
                 packed = _packed_projection(block)
@@ -364,25 +418,34 @@ class DecodingModel:
             space = self._spaces[tokens] = _Space(tokens)
             while len(self._spaces) > _KEPT_SPACES:
                 self._spaces.pop(next(iter(self._spaces)))
-        freqs_cis = self.model.make_freqs_cis(batch.positions)
+        rotary = self._rotary(batch.positions)
         steps: dict[tuple[Any, ...], _Step] = {}
         for kind, layer in self._kinds.items():
             pages = batch.pages.layers[layer.cache_index]
-            rotary = batch.rotary_factors(freqs_cis, layer.attention.dim)
             step = layer.attention.prepare(pages, batch, space, rotary) if pages.k.dtype == torch.float32 else None
             if step is None:
                 return None
             steps[kind] = step
         hidden_size = inputs_embeds.shape[1]
-        x, normed, size = space.of("x", hidden_size), space.of("normed", hidden_size), space.of("size", 1)
+        x, normed = space.of("x", hidden_size), space.of("normed", hidden_size)
         x.all.copy_(inputs_embeds)
         for layer in self._layers:
-            layer.before_attention.into(x.all, size.all, normed.all)
+            layer.before_attention.into(x, normed, space)
             layer.attention.add_to(normed, x, steps[layer.kind], batch.pages.layers[layer.cache_index])
-            layer.before_mlp.into(x.all, size.all, normed.all)
+            layer.before_mlp.into(x, normed, space)
             layer.mlp.add_to(normed, x, space)
-        self._norm.into(x.all, size.all, normed.all)
+        self._norm.into(x, normed, space)
         return normed.all.clone()
+
+
+    def _rotary(self, positions: Tensor) -> RotaryFactors:
+        """`RotaryFactors` of `[T]` positions, from the frequencies of `rotary_table`."""
+        half = self._frequencies.shape[0]
+        angles = positions.float()[:, None, None] * self._frequencies
+        cos = torch.ones(positions.shape[0], 1, self._head_dim)
+        torch.cos(angles, out=cos[..., :half])
+        cos[..., half : 2 * half] = cos[..., :half]
+        return RotaryFactors(cos, angles.sin_())
 
 
 def _packed_projection(block: nn.Module) -> PackedProjection | None:
@@ -424,13 +487,14 @@ class _Watch:
         self._known = [held[name] for held, name in zip(self._holders, self._names)]
         self._tensors = [known for known in self._known if isinstance(known, Tensor)]
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
-        self._versions = [tensor._version for tensor in self._tensors]
+        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]  # the others count no changes
+        self._versions = [tensor._version for tensor in self._counted]
 
     def unchanged(self) -> bool:
         # Loops of C: this runs in every step, over every module and weight.
         return (
             all(map(is_, map(dict.get, self._holders, self._names), self._known))
             and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
-            and list(map(_VERSION, self._tensors)) == self._versions
+            and list(map(_VERSION, self._counted)) == self._versions
             and not any(self._hooks)
         )

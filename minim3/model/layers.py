@@ -142,14 +142,18 @@ class MiniMaxM3RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}, gemma={self.gemma}"
 
 
+def rotary_frequencies(dim: int, theta: float, device: torch.device | None = None) -> Tensor:
+    """fp32 `[dim / 2]`: radians a position."""
+    return 1.0 / theta ** (torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+
+
 def rotary_table(positions: Tensor, dim: int, theta: float) -> Tensor:
     """`freqs_cis`, fp32 `[..., dim]`: the cosines of the dim / 2 angles, then their sines.
 
     Angle i is `position * theta ** (-2 i / dim)` (Su et al., arXiv 2104.09864), computed in fp32 like the
     implementations that the checkpoints were trained with.
     """
-    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim
-    angles = positions.float().unsqueeze(-1) * (1.0 / theta**exponents)
+    angles = positions.float().unsqueeze(-1) * rotary_frequencies(dim, theta, positions.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 

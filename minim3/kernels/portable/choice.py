@@ -94,8 +94,7 @@ class _ReadInPlace:
         self._dim = choice.dim
         self._scores = torch.empty(heads, keys, device=device)
         self._blocks = self._scores.view(heads, choice.stop, choice.block_size)
-        self._best = torch.empty(heads, choice.stop, device=device)
-        self._free = self._best[:, choice.init_blocks :]
+        self._first_free = choice.init_blocks
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
     def best(self, index_q: Tensor, rows: Tensor) -> Tensor:
@@ -104,5 +103,5 @@ class _ReadInPlace:
         if known is None:  # views of the pages of a layer, whose rows are one tensor from step to step
             known = self._known[id(rows)] = rows, rows.view(-1, self._dim)[self._span].t()
         torch.mm(index_q.view(-1, self._dim), known[1], out=self._scores)
-        torch.amax(self._blocks, -1, out=self._best)
-        return self._free
+        best = self._blocks.amax(-1)
+        return best[:, self._first_free :] if self._first_free else best

@@ -61,7 +61,7 @@ class _Attention:
         total: Tensor | None = None
         log_total: Tensor | None = None
         if layout.chunks == 1:
-            torch.ops.aten._softmax.out(scores, -1, False, out=shares)
+            torch.softmax(scores, -1, out=shares)
             if lse:
                 log_total = scores.amax(-1) - shares.amax(-1).log()  # the largest share is exp(largest score - lse)
         else:
@@ -70,9 +70,10 @@ class _Attention:
             total = shares.sum((1, 3), keepdim=True)
             log_total = largest.add_(total.log()) if lse else None
         if self.takes_bags(shares, tokens):
-            # The operator of torch.embedding_bag, without the checks and views of its Python function.
-            out = torch.ops.aten._embedding_bag_forward_only(
-                tokens, self.bag_index(), self.bag_starts(), False, 0, False, buffer.shares_flat, False, -1
+            # The operator of torch.embedding_bag (by sum), without the checks and views of its Python function; called
+            # through torch.ops it would take twice as long.
+            out = torch._embedding_bag_forward_only(
+                tokens, self.bag_index(), self.bag_starts(), False, 0, False, buffer.shares_flat
             )[0]
         else:
             out = self._products(shares, tokens)

@@ -59,7 +59,7 @@ class Seen:
         self._first = layout.chunks - 1 if lowest >= last else 0
         self._column = lowest - last if lowest >= last else 0
         self._mask: Tensor | None = None
-        self._known: tuple[Tensor, Tensor] | None = None
+        self._known: tuple[Tensor, Tensor, Tensor] | None = None
         if any(count != lowest for s in seen for count in s) or (lowest < last):
             place = torch.arange(self.whole, device=device).view(layout.chunks, 1, layout.width)
             counts = torch.tensor(seen, device=device).repeat_interleave(group, dim=1)
@@ -90,8 +90,9 @@ class Seen:
             shaped[:, :, self._first :, :, self._column :].masked_fill_(self._mask, -torch.inf)
         elif self._hides:
             if self._known is None or self._known[0] is not scores:
-                self._known = scores, scores[:, -1, :, self._column :]
-            self._known[1].fill_(-torch.inf)
+                tail = scores[:, -1, :, self._column :]
+                self._known = scores, tail, torch.full_like(tail, -torch.inf)
+            self._known[1].copy_(self._known[2])  # sooner done than a fill, which makes a tensor of its number first
 
 
 class ScoreBuffer:

@@ -4,16 +4,21 @@ T tokens, K choices a token, E experts, F their width. A custom gradient writes 
 (indexing the stack under autograd would allocate the whole stack once per expert).
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from minim3.kernels.reference import swiglu_oai
 from minim3.kernels.sequences import at_least_fp32
 
 _DECODE_TOKENS = 4
 """Up to this many tokens experts are applied as matrix-vector products, without sorting."""
+
+FEW_ROWS = 512
+"""Up to this many rows (tokens times choices) those of all experts are activated at once."""
 
 
 def grouped_experts(
@@ -26,8 +31,15 @@ def grouped_experts(
     activation = (alpha, limit, beta)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (wide, w13, w2, weights)):
         return _GroupedExperts.apply(wide, w13, w2, expert_ids, weights, activation).to(x.dtype)
-    if x.shape[0] <= _DECODE_TOKENS and x.device.type == "cpu" and w13.dtype == w2.dtype == dtype:
-        return _decode(wide, w13, w2, expert_ids, weights, activation).to(x.dtype)
+    if x.device.type == "cpu" and w13.dtype == w2.dtype == dtype and alpha:
+        if x.shape[0] <= _DECODE_TOKENS:
+            return _decode(wide, w13, w2, expert_ids, weights, activation).to(x.dtype)
+        if expert_ids.numel() <= FEW_ROWS:
+            out = torch.zeros_like(wide, memory_format=torch.contiguous_format)
+            add_experts(
+                out, wide, w13.transpose(1, 2).unbind(), w2.transpose(1, 2).unbind(), expert_ids, weights, activation
+            )
+            return out.to(x.dtype)
     token, inverse, slices = _sort_by_expert(expert_ids, w13.shape[0])
     hidden = wide.index_select(0, token)
     y = torch.empty_like(hidden)
@@ -35,6 +47,39 @@ def grouped_experts(
         act = swiglu_oai_(torch.mm(hidden[rows], w13[expert].to(dtype).t()), *activation)
         torch.mm(act, w2[expert].to(dtype).t(), out=y[rows])
     return _combine(y, inverse, weights).to(x.dtype)
+
+
+def add_experts(
+    out: Tensor, x: Tensor, w13: Sequence[Tensor], w2: Sequence[Tensor], expert_ids: Tensor, weights: Tensor,
+    activation: tuple[float, float, float],
+) -> None:  # fmt: skip
+    """Add to `out` `[T, hidden]` what `grouped_experts` gives, for few rows: two products an active expert, no more.
+
+    w13 `[hidden, 2F]` and w2 `[F, hidden]` of every expert: the transposed views of its weights.
+    """
+    chosen: list[int] = expert_ids.flatten().tolist()
+    order = sorted(range(len(chosen)), key=chosen.__getitem__)
+    top_k = expert_ids.shape[1]
+    inverse = [0] * len(order)
+    for place, row in enumerate(order):
+        inverse[row] = place
+    active, counts = list[int](), list[int]()
+    for row in order:
+        if active and active[-1] == chosen[row]:
+            counts[-1] += 1
+        else:
+            active.append(chosen[row])
+            counts.append(1)
+    token, places = torch.tensor([*[row // top_k for row in order], *inverse]).view(2, -1)
+    gate_up, y = x.new_empty(len(order), w13[0].shape[1]), x.new_empty(len(order), x.shape[1])
+    for expert, rows, result in zip(active, x.index_select(0, token).split(counts), gate_up.split(counts)):
+        torch.mm(rows, w13[expert], out=result)
+    act = scaled_swiglu_oai_(gate_up, *activation)
+    for expert, rows, result in zip(active, act.split(counts), y.split(counts)):
+        torch.mm(rows, w2[expert], out=result)
+    y = y.index_select(0, places).view(*weights.shape, -1)
+    # The slope that the activation left in is divided out of the weights.
+    out.unsqueeze(1).baddbmm_(weights.unsqueeze(1), y, alpha=1.0 / activation[0])
 
 
 def _sort_by_expert(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[tuple[int, slice]]]:
@@ -59,11 +104,24 @@ def _combine(y: Tensor, inverse: Tensor, weights: Tensor) -> Tensor:
 
 def swiglu_oai_(gate_up: Tensor, alpha: float, limit: float, beta: float) -> Tensor:
     """`swiglu_oai` of `[R, 2F]` (gate, then up) -> `[R, F]`, in the dtype given; `gate_up` is overwritten."""
+    if not alpha:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return swiglu_oai(gate, up, alpha, limit, beta)
+    act = scaled_swiglu_oai_(gate_up, alpha, limit, beta)
+    return act if alpha == 1.0 else act.mul_(1.0 / alpha)
+
+
+def scaled_swiglu_oai_(gate_up: Tensor, alpha: float, limit: float, beta: float) -> Tensor:
+    """`swiglu_oai_` times alpha, which is not 0: a pass less where something else multiplies anyway.
+
+    `gate * sigmoid(alpha * gate)` is `silu(alpha * gate) / alpha`.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
     if limit:
         gate.clamp_(max=limit)
         up.clamp_(-limit, limit)
-    return (gate.sigmoid() if alpha == 1.0 else (gate * alpha).sigmoid_()).mul_(gate).mul_(up.add_(beta))
+    act = torch.nn.functional.silu(gate) if alpha == 1.0 else torch.nn.functional.silu(gate * alpha, inplace=True)
+    return torch.addcmul(act, act, up, out=act) if beta == 1.0 else act.mul_(up.add_(beta))
 
 
 def _decode(
@@ -76,7 +134,7 @@ def _decode(
     for token, experts in zip(x.unbind(), ids):
         for expert in experts:
             torch.mv(w13[expert], token, out=next(rows))
-    act = swiglu_oai_(gate_up, *activation).mul_(weights.reshape(-1, 1))
+    act = scaled_swiglu_oai_(gate_up, *activation).mul_(weights.reshape(-1, 1) / activation[0])
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     parts = iter(act.unbind())
     for result, experts in zip(out.unbind(), ids):
