@@ -97,6 +97,8 @@ class QuantizedLinear(QuantizedModule):
 
 
 def _product(matrix: WeightMatrix, x: Tensor) -> Tensor:
+    if x.dim() == 2:  # a step of decoding: every operator call counts
+        return matrix.product(matrix.prepare(x)).to(x.dtype)
     flat = x.reshape(-1, x.shape[-1])
     return matrix.product(matrix.prepare(flat)).to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -230,7 +232,8 @@ class QuantizedExperts(QuantizedModule):
         inputs, weights = self.w13[0].prepare(wide), expert_weights.reshape(-1, 1).to(wide.dtype)
         if x.shape[0] == 1:
             experts = [(expert, 1) for expert in expert_ids[0].tolist()]
-            return self._run([inputs] * len(experts), experts, weights).sum(0, keepdim=True).to(x.dtype)
+            outputs = self._run([inputs] * len(experts), experts, weights)
+            return outputs.sum(0, keepdim=True, dtype=wide.dtype).to(x.dtype)
         order = torch.sort(expert_ids.reshape(-1), stable=True).indices
         counts = torch.bincount(expert_ids.reshape(-1), minlength=len(self.w13.matrices)).tolist()
         inputs, weights = inputs.index_select(0, order // expert_ids.shape[1]), weights.index_select(0, order)
@@ -238,7 +241,7 @@ class QuantizedExperts(QuantizedModule):
         for experts in _rounds(counts):
             stop = start + sum(count for _, count in experts)
             pieces = inputs[start:stop].split([count for _, count in experts])
-            outputs[order[start:stop]] = self._run(pieces, experts, weights[start:stop])
+            outputs[order[start:stop]] = self._run(pieces, experts, weights[start:stop]).to(wide.dtype)
             start = stop
         return outputs.view(*expert_ids.shape, -1).sum(1).to(x.dtype)
 
@@ -247,9 +250,7 @@ class QuantizedExperts(QuantizedModule):
         products = [self.w13[expert].product(rows) for rows, (expert, _) in zip(inputs, experts, strict=True)]
         act = swiglu_oai_(at_least_fp32(torch.cat(products)), self.alpha, self.limit, self.beta).mul_(weights)
         hidden = self.w2[0].prepare(act).split([count for _, count in experts])
-        return at_least_fp32(
-            torch.cat([self.w2[expert].product(rows) for rows, (expert, _) in zip(hidden, experts, strict=True)])
-        )
+        return torch.cat([self.w2[expert].product(rows) for rows, (expert, _) in zip(hidden, experts, strict=True)])
 
     def matrices(self) -> Iterator[WeightMatrix]:
         yield from (matrix for stack in (self.w13, self.w2) for matrix in stack.matrices if matrix is not None)
