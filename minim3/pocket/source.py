@@ -25,14 +25,14 @@ KIND_WEIGHTS = {
     "shape": 1.0,
     "size": 1.0,
     "count": 0.7,
-    "count_of": 1.8,
+    "count_of": 3.0,
     "exists": 1.3,
-    "relation": 3.5,
-    "where": 1.5,
+    "relation": 3.0,
+    "where": 0.8,
 }
-TEXT_WEIGHTS = {"copy": 0.22, "lookup": 0.34, "sum": 0.4, "small_talk": 0.04}
+TEXT_WEIGHTS = {"copy": 0.2, "lookup": 0.5, "sum": 0.26, "small_talk": 0.04}
 # Conversations of a text group, and the most turns one of them has.
-TEXT_GROUPS = {"copy": (6, 1), "lookup": (2, 8), "sum": (5, 8), "small_talk": (4, 3)}
+TEXT_GROUPS = {"copy": (6, 1), "lookup": (2, 4), "sum": (5, 8), "small_talk": (4, 3)}
 # Scenes of 1 to 6 objects: a full one answers more questions.
 OBJECT_COUNT_WEIGHTS = (0.08, 0.14, 0.18, 0.2, 0.2, 0.2)
 
@@ -73,7 +73,7 @@ class PocketSource:
     questions_per_picture: int = 14
     descriptions_per_picture: int = 2
     single_turn_fraction: float = 0.3
-    text_fraction: float = 0.3
+    text_fraction: float = 0.35
     kind_weights: Mapping[str, float] = field(default_factory=lambda: dict(KIND_WEIGHTS))
     text_weights: Mapping[str, float] = field(default_factory=lambda: dict(TEXT_WEIGHTS))
     untidy_fraction: float = 0.1

@@ -97,7 +97,7 @@ def ask_text(kind: str, rng: np.random.Generator, *, held_out_wording: bool = Fa
 
 
 def ask_lookups(rng: np.random.Generator, num_turns: int) -> list[Question]:
-    """A conversation about one table: the question that brings it, then others that name a key alone.
+    """A conversation about one table: the question that brings it, one for many keys at once, then others for one key.
 
     For training: reading a table is learnt from many questions to it, and the table costs most of the tokens.
     """
@@ -107,9 +107,13 @@ def ask_lookups(rng: np.random.Generator, num_turns: int) -> list[Question]:
     asked, between, _ = re.fullmatch(r"(\w+)(\W+|\W+is\W+)(\w+)", first.answer).groups()  # type: ignore[union-attr]
     keys = [str(key) for key in rng.permutation([key for key in pairs if key != asked])]
     turns = [first]
-    for key in keys[: num_turns - 1]:
+    rows = [f"{key}{between}{pairs[key]}" for key in keys]
+    groups = [slice(0, int(rng.integers(3, len(keys) + 1)))]
+    groups += [slice(number, number + 1) for number in rng.permutation(len(keys)).tolist()]
+    for group in groups[: num_turns - 1]:
         wording = FOLLOW_UPS[int(rng.integers(len(FOLLOW_UPS)))]
-        turns.append(Question("lookup", "lookup", wording.format(key=key), f"{key}{between}{pairs[key]}", False))
+        text = wording.format(key=", ".join(keys[group]))
+        turns.append(Question("lookup", "lookup", text, ", ".join(rows[group]), False))
     return turns
 
 
