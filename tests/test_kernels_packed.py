@@ -192,7 +192,7 @@ def test_indexer_kl_gradient_is_student_minus_teacher() -> None:
 
 @PROPERTY
 @given(
-    st.integers(1, 40), st.integers(1, 4), st.sampled_from([4.0, 0.0]), st.sampled_from([1.702, 1.0]),
+    st.integers(1, 40), st.integers(1, 4), st.sampled_from([4.0, 0.0]), st.sampled_from([1.702, 1.0, 0.0]),
     st.integers(0, 2**16),
 )  # fmt: skip
 def test_grouped_experts_equals_reference(tokens: int, choices: int, limit: float, alpha: float, seed: int) -> None:

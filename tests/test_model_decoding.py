@@ -1,5 +1,6 @@
 """Steps of few new tokens: what `DecodingModel` computes is what the modules compute, in any company and any state."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -95,6 +96,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "no shared expert, no bias": {"n_shared_experts": 0, "use_routing_bias": False, "scoring_func": "softmax"},
     "shared expert of the routed width": {"shared_intermediate_size": 24},
     "no limit, other slope and offset": {"swiglu_limit": 0.0, "swiglu_alpha": 1.0, "swiglu_beta": 0.5},
+    "a limit that is reached, a large eps": {"swiglu_limit": 0.3, "rms_norm_eps": 0.05},
     "all experts, every dimension rotated": {"num_experts_per_tok": 4, "rotary_dim": 16},
 }  # fmt: skip
 
@@ -150,6 +152,24 @@ def test_step_after_step_is_right(page_size: int, shuffle_seed: int | None) -> N
             want = model.text_model.forward_packed(x[position : position + 1], theirs)
         assert got is not None
         assert (got - want).abs().max() <= 1e-5 * want.abs().max(), position
+
+
+def test_tables_of_other_pages_are_not_gone_on_from() -> None:
+    """Two sequences that take turns, one a token ahead: their lengths follow each other, their pages do not."""
+    model = tiny_models.text_model(2)
+    decoding, scratch = prepared(model), Scratch()
+    for seed in range(6):
+        stored = 17 + seed % 2  # in the same row of another sequence's pages
+        steps = [(stored, 1)]
+        ours, theirs = cached(model, steps, 4, seed), cached(model, steps, 4, seed)
+        assert ours.pages is not None
+        ours = replace(ours, pages=replace(ours.pages, scratch=scratch))
+        x = embeddings(ours)
+        with torch.inference_mode():
+            got = decoding.forward_packed(x, ours)
+            want = model.text_model.forward_packed(x, theirs)
+        assert got is not None
+        assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
 def test_the_answer_of_a_step_does_not_change_in_the_next() -> None:

@@ -1,272 +1,47 @@
 """The decoder for few new tokens of each sequence: what its modules compute, in as few operations as it takes.
 
 A step of decoding on a CPU is short: reading the weights of a small model takes a few milliseconds, and an operator
-call of eager PyTorch a few microseconds. So nothing is made anew here: every operation writes into a buffer of the
-`_Space` of its number of tokens, whose views are made with it, and what layers share is made once a step. A projection
-that is not a plain fp32 weight (another format, an adapter) is called as the module it is.
+call of eager PyTorch a few microseconds, since the weights that went through the caches have driven its code out. So
+nothing is made anew here: every operation writes into a buffer of the `Space` of its number of tokens, whose views are
+made with it; what layers share is made once a step; and among ways to compute the same, the one is taken whose
+operators ran just before. `torch.ops.*` is not called: that takes 20 microseconds longer than the functions of torch.
+
+A projection that is not a plain fp32 weight (another format, an adapter) is called as the module it is.
 
 Shape legend: T new tokens, H hidden size, R heads of all normed projections, D their dimension.
 """
 
-from collections.abc import Callable, Sequence
-from math import exp
-from operator import add, attrgetter, is_
+from collections.abc import Sequence
+from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minim3 import kernels
-from minim3.kernels.portable.experts import FEW_ROWS, add_experts
 from minim3.kernels.portable.paged import FEW_TOKENS
 from minim3.kernels.portable.plan import CacheRows
 from minim3.kernels.portable.step import Indexer, StepAttention
 from minim3.model.attention import MiniMaxM3Attention, PackedProjection
 from minim3.model.batch import ForwardBatch, LayerPages
 from minim3.model.decoder import Block, MiniMaxM3TextModel
-from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, PackedLinears, RotaryFactors, rotary_frequencies
-from minim3.model.moe import MiniMaxM3Experts, MiniMaxM3MoE
+from minim3.model.decoding_parts import (
+    DecodingMLP,
+    DecodingMoE,
+    DecodingNorm,
+    InverseRoot,
+    Product,
+    Rows,
+    Space,
+    is_plain,
+)
+from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, RotaryFactors, rotary_frequencies
+from minim3.model.moe import MiniMaxM3MoE
 
 MOST_TOKENS = 256
 """Beyond, a step is long and the modules run it."""
 
 _KEPT_SPACES = 4
-
-
-class _Rows:
-    """A buffer `[T, n]`, and its first row: the only one if `single`."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.all = rows
-        self.row = rows[0]
-        self.single = rows.shape[0] == 1
-
-
-class _Space:
-    """The buffers of a number of tokens. `of` hands out the same one for the same name and width."""
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        self._made: dict[Any, Any] = {}
-
-    def of(self, name: str, width: int) -> _Rows:
-        return self.once((name, width), lambda: _Rows(torch.zeros(self.tokens, width)))
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        made = self._made.get(key)
-        if made is None:
-            with torch.inference_mode(False):  # what is made serves in and outside of inference mode
-                made = self._made[key] = make()
-        return made
-
-
-class _Product:
-    """`x @ weight.T` for a plain fp32 weight, or what a module in its place computes."""
-
-    def __init__(self, weight: Tensor | None, module: Callable[[Any], Any]) -> None:
-        self.plain = weight is not None
-        self.weight = torch.empty(0, 0) if weight is None else weight
-        self.turned = self.weight.t()
-        self._module = module
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "_Product":
-        plain = isinstance(module, nn.Linear) and type(module) is nn.Linear and module.bias is None
-        weight = module.get_parameter("weight").detach() if plain else None
-        return cls(weight if _is_plain(weight) else None, module)
-
-    @classmethod
-    def of_packed(cls, packed: Any) -> "_Product":
-        plain = type(packed) is PackedLinears and _is_plain(packed.weight)
-        return cls(packed.weight if plain else None, packed)
-
-    def into(self, x: _Rows, out: _Rows) -> None:
-        if not self.plain:
-            out.all.copy_(self._module(x.all))
-        elif x.single:
-            torch.mv(self.weight, x.row, out=out.row)
-        else:
-            torch.mm(x.all, self.turned, out=out.all)
-
-    def add_to(self, x: _Rows, out: _Rows) -> None:
-        if not self.plain:
-            out.all.add_(self._module(x.all))
-        elif x.single:
-            torch.addmv(out.row, self.weight, x.row, out=out.row)
-        else:
-            torch.addmm(out.all, x.all, self.turned, out=out.all)
-
-
-def _is_plain(weight: Any) -> bool:
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype == torch.float32 and weight.device.type == "cpu"
-
-
-class _InverseRoot:
-    """`1 / sqrt(sum x^2 + eps)` over the last dimension of `[..., dim]`, into a buffer.
-
-    Made of the operators that run before and after it: the code of others would have to be fetched first, since weights
-    have gone through the caches in between. A norm of torch takes half as long again.
-    """
-
-    def __init__(self, shape: Sequence[int], eps: float) -> None:
-        self._square = torch.zeros(*shape)
-        self._rows = self._square.view(-1, shape[-1])
-        self._eps = torch.full((self._rows.shape[0],), eps)
-        self._ones = torch.ones(shape[-1])
-        self._sums = torch.zeros(self._rows.shape[0])
-        self._out = self._sums.view(*shape[:-1], 1)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        torch.mul(x, x, out=self._square)
-        torch.addmv(self._eps, self._rows, self._ones, out=self._sums)
-        self._sums.rsqrt_()
-        return self._out
-
-
-class _Norm:
-    """`x / rms(x) * scale`, as `x sqrt(dim) scale / sqrt(sum x^2 + dim eps)`."""
-
-    def __init__(self, norm: MiniMaxM3RMSNorm) -> None:
-        self.dim = norm.weight.shape[0]
-        self.scale = norm.scale().detach() * self.dim**0.5
-        self.eps = self.dim * norm.eps
-
-    def into(self, x: _Rows, out: _Rows, space: _Space) -> None:
-        root = space.once(("root", self.dim, self.eps), lambda: _InverseRoot((space.tokens, self.dim), self.eps))
-        torch.mul(torch.mul(x.all, root(x.all), out=out.all), self.scale, out=out.all)
-
-
-class _Activation:
-    """SwiGLU-OAI of rows `[r, 2F]` into `[r, F]`, times alpha: `silu(alpha gate)` is alpha times what is wanted."""
-
-    def __init__(self, owner: Any, rows: int, width: int) -> None:
-        # A tensor: an operator makes one of a plain number each time it runs.
-        self.slope = torch.tensor(owner.alpha)
-        self.alpha, self.beta = owner.alpha, owner.beta
-        self.gate_up, self.out = torch.zeros(rows, 2 * width), torch.zeros(rows, width)
-        self.gate_up_row, self.out_row = self.gate_up[0], self.out[0]
-        self.gate, self.up = self.gate_up.chunk(2, dim=-1)
-        self.high = self.low = None
-        if owner.limit:
-            self.high = torch.full((2 * width,), owner.limit)
-            self.low = torch.cat([torch.full((width,), -torch.inf), torch.full((width,), -owner.limit)])
-
-    def __call__(self) -> None:
-        if self.high is not None:
-            torch.clamp(self.gate_up, self.low, self.high, out=self.gate_up)
-        torch.mul(self.gate, self.slope, out=self.out)
-        F.silu(self.out, inplace=True)
-        if self.beta == 1.0:
-            torch.addcmul(self.out, self.out, self.up, out=self.out)
-        else:
-            self.out.mul_(self.up.add_(self.beta))
-
-
-class _MLP:
-    """A gated MLP, added to `x`: that of a dense layer, or a shared expert."""
-
-    def __init__(self, mlp: MiniMaxM3MLP) -> None:
-        self.mlp = mlp
-        self.gate_up = _Product.of_packed(mlp._packed)
-        self.down = _Product.of(mlp.down_proj)
-        self.width = self.down.weight.shape[1]  # 0 where it is not plain
-
-    @property
-    def plain(self) -> bool:
-        return self.gate_up.plain and self.down.plain
-
-    def add_to(self, normed: _Rows, x: _Rows, space: _Space) -> None:
-        if not self.plain:
-            x.all.add_(self.mlp(normed.all))
-            return
-        act = space.once(("mlp", self.width), lambda: _Activation(self.mlp, space.tokens, self.width))
-        slope = 1.0 / self.mlp.alpha
-        if x.single:
-            torch.mv(self.gate_up.weight, normed.row, out=act.gate_up_row)
-            act()
-            torch.addmv(x.row, self.down.weight, act.out_row, alpha=slope, out=x.row)
-        else:
-            torch.mm(normed.all, self.gate_up.turned, out=act.gate_up)
-            act()
-            torch.addmm(x.all, act.out, self.down.turned, alpha=slope, out=x.all)
-
-
-class _MoE:
-    """The experts of a layer, added to `x`. For one token all of them, the shared one too, are activated together."""
-
-    def __init__(self, moe: MiniMaxM3MoE) -> None:
-        self.moe = moe
-        self.gate = moe.gate.weight.detach()
-        self.turned = self.gate.t()
-        bias = moe.e_score_correction_bias
-        self.bias: list[float] | None = None if bias is None else bias.tolist()
-        self.shared = None if moe.shared_experts is None else _MLP(moe.shared_experts)
-        experts: Any = moe.experts
-        self.plain = (
-            type(experts) is MiniMaxM3Experts and experts.backend in (None, "portable")
-            and _is_plain(experts.w13) and _is_plain(experts.w2)
-        )  # fmt: skip
-        if self.plain:
-            self.w13, self.w2 = experts.w13.detach().unbind(), experts.w2.detach().unbind()
-            self.turned_w13 = experts.w13.detach().transpose(1, 2).unbind()
-            self.turned_w2 = experts.w2.detach().transpose(1, 2).unbind()
-            self.width = experts.w2.shape[2]
-        self.joined = self.plain and self.shared is not None and self.shared.plain and self.shared.width == self.width
-
-    def add_to(self, normed: _Rows, x: _Rows, space: _Space) -> None:
-        logits = space.of("router", self.gate.shape[0])
-        if not self.plain or not normed.single:
-            torch.mm(normed.all, self.turned, out=logits.all)
-            expert_ids, weights = self.moe.route(logits.all)
-            if self.plain and expert_ids.numel() <= FEW_ROWS:
-                experts = self.moe.experts
-                activation = experts.alpha, experts.limit, experts.beta
-                add_experts(x.all, normed.all, self.turned_w13, self.turned_w2, expert_ids, weights, activation)
-            else:
-                x.all.add_(self.moe.experts(normed.all, expert_ids, weights))
-            if self.shared is not None:
-                self.shared.add_to(normed, x, space)
-            return
-        chosen = self._route_one(normed.row, logits)
-        act, gate_up, outputs = space.once(("experts", self.width, len(chosen), self.joined), self._expert_rows)
-        for (expert, _), row in zip(chosen, gate_up):
-            torch.mv(self.w13[expert], normed.row, out=row)
-        if self.joined:
-            assert self.shared is not None
-            torch.mv(self.shared.gate_up.weight, normed.row, out=gate_up[-1])
-        act()
-        total = x.row
-        for (expert, weight), row in zip(chosen, outputs):
-            torch.addmv(total, self.w2[expert], row, alpha=weight, out=total)
-        if self.joined:
-            assert self.shared is not None
-            torch.addmv(total, self.shared.down.weight, outputs[-1], alpha=1.0 / act.alpha, out=total)
-        elif self.shared is not None:
-            self.shared.add_to(normed, x, space)
-
-    def _expert_rows(self) -> tuple[_Activation, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        rows = self.moe.num_experts_per_tok + self.joined
-        act = _Activation(self.moe.experts, rows, self.width)
-        return act, act.gate_up.unbind(), act.out.unbind()
-
-    def _route_one(self, normed: Tensor, logits: _Rows) -> list[tuple[int, float]]:
-        """`MiniMaxM3MoE.route` of one token: the chosen experts, and their weights over alpha (see `_Activation`)."""
-        moe = self.moe
-        torch.mv(self.gate, normed, out=logits.row)
-        # A few numbers are sooner sorted here than by three operators.
-        values: list[float] = logits.row.tolist()
-        if moe.scoring_func == "sigmoid":
-            scores = [1.0 / (1.0 + exp(-value)) if value > -700.0 else 0.0 for value in values]
-        else:
-            largest = max(values)
-            scores = [exp(value - largest) for value in values]
-            total = sum(scores)
-            scores = [score / total for score in scores]
-        choice = scores if self.bias is None else list(map(add, scores, self.bias))
-        chosen = sorted(range(len(choice)), key=choice.__getitem__, reverse=True)[: moe.num_experts_per_tok]
-        factor = moe.routed_scaling_factor / sum([scores[expert] for expert in chosen]) / moe.experts.alpha
-        return [(expert, scores[expert] * factor) for expert in chosen]
 
 
 class _Heads:
@@ -276,10 +51,10 @@ class _Heads:
         self, tokens: int, heads: Sequence[int], num_values: int, dim: int, half: int, eps: float
     ) -> None:
         normed = sum(heads)
-        self.rows = _Rows(torch.zeros(tokens, (normed + num_values) * dim))
+        self.rows = Rows(torch.zeros(tokens, (normed + num_values) * dim))
         projected = self.rows.all.view(tokens, normed + num_values, dim)
         self.before, self.values = projected[:, :normed], projected[:, normed:]
-        self.root = _InverseRoot((tokens, normed, dim), eps)
+        self.root = InverseRoot((tokens, normed, dim), eps)
         self.normed = torch.zeros(tokens, normed, dim)
         self.turned = torch.zeros(tokens, normed, dim)
         self.first, self.second = self.normed[..., :half], self.normed[..., half : 2 * half]
@@ -297,8 +72,8 @@ class _Attention:
     def __init__(self, attention: MiniMaxM3Attention, packed: PackedProjection) -> None:
         self.attention = attention
         self.dim, self.heads = packed.head_dim, packed.heads
-        self.project = _Product.of_packed(packed.linears)
-        self.output = _Product.of(attention.o_proj)
+        self.project = Product.of_packed(packed.linears)
+        self.output = Product.of(attention.o_proj)
         self.num_values = attention.num_kv_heads
         self.group = attention.num_heads // attention.num_kv_heads
         # Scores are scaled here, with the queries.
@@ -315,7 +90,7 @@ class _Attention:
         """Layers of one kind share what is made once a step."""
         return self.dim, *self.heads, self.num_values, self.eps, *(self.selection or {}).values()
 
-    def prepare(self, pages: LayerPages, batch: ForwardBatch, space: _Space, rotary: RotaryFactors) -> "_Step | None":
+    def prepare(self, pages: LayerPages, batch: ForwardBatch, space: Space, rotary: RotaryFactors) -> "_Step | None":
         """What the layers of this kind share in this step; None if it has no form here."""
         assert batch.pages is not None
         selection, index_rows, indexer = self.selection, None, None
@@ -337,7 +112,7 @@ class _Attention:
         stores = [(batch.pages.token_rows(count), new, kept) for count, new, kept in heads.stored]
         return _Step(attend, rows, index_rows, rotary, -rotary.sin, heads, stores)
 
-    def add_to(self, normed: _Rows, x: _Rows, step: "_Step", pages: LayerPages) -> None:
+    def add_to(self, normed: Rows, x: Rows, step: "_Step", pages: LayerPages) -> None:
         heads, rotary = step.heads, step.rotary
         self.project.into(normed, heads.rows)
         torch.mul(heads.before, heads.root(heads.before), out=heads.normed)
@@ -349,7 +124,7 @@ class _Attention:
             place.index_copy_(0, slots, new.reshape(-1, self.dim) if rows is None else rows)
         k_rows, index_rows = pages.rows(step.layout, step.index_layout)
         out = step.attend(heads.q, heads.index_q, k_rows, pages.tokens[1], index_rows)
-        self.output.add_to(_Rows(out.view(x.all.shape[0], -1)), x)
+        self.output.add_to(Rows(out.view(x.all.shape[0], -1)), x)
 
 
 class _Step(NamedTuple):
@@ -370,11 +145,12 @@ class _Step(NamedTuple):
 class _Layer:
     def __init__(self, block: Block, packed: PackedProjection) -> None:
         self.cache_index = block.cache_index
-        self.before_attention = _Norm(block.input_layernorm)
+        self.before_attention = DecodingNorm(block.input_layernorm)
         self.attention = _Attention(block.self_attn, packed)
         self.kind = self.attention.kind
-        self.before_mlp = _Norm(block.post_attention_layernorm)
-        self.mlp: _MoE | _MLP = _MoE(block.block_sparse_moe) if block.is_moe_layer else _MLP(block.mlp)
+        self.before_mlp = DecodingNorm(block.post_attention_layernorm)
+        moe = block.is_moe_layer
+        self.mlp: DecodingMoE | DecodingMLP = DecodingMoE(block.block_sparse_moe) if moe else DecodingMLP(block.mlp)
 
 
 class DecodingModel:
@@ -384,10 +160,10 @@ class DecodingModel:
         self.model = model
         self._layers = layers
         self._kinds = {layer.kind: layer for layer in layers}
-        self._norm = _Norm(model.norm)
+        self._norm = DecodingNorm(model.norm)
         self._frequencies = rotary_frequencies(model.config.rotary_dim, model.config.rope_theta)
         self._head_dim = model.config.head_dim
-        self._spaces: dict[int, _Space] = {}
+        self._spaces: dict[int, Space] = {}
         self._watch = _Watch(model)
 
     @classmethod
@@ -395,9 +171,9 @@ class DecodingModel:
         """The model, packed for inference, in this form; None where it has none (another device, dtype or module)."""
         layers = []
         with torch.inference_mode(False), torch.no_grad():
-            if type(model) is not MiniMaxM3TextModel or not _is_plain(model.norm.weight):
+            if type(model) is not MiniMaxM3TextModel or not is_plain(model.norm.weight):
                 return None
-            if not model.config.swiglu_alpha:  # `_Activation` divides by it
+            if not model.config.swiglu_alpha:  # `Activation` divides by it
                 return None
             for block in model.layers:
                 packed = _packed_projection(block)
@@ -415,7 +191,7 @@ class DecodingModel:
             return None
         space = self._spaces.get(tokens)
         if space is None:
-            space = self._spaces[tokens] = _Space(tokens)
+            space = self._spaces[tokens] = Space(tokens)
             while len(self._spaces) > _KEPT_SPACES:
                 self._spaces.pop(next(iter(self._spaces)))
         rotary = self._rotary(batch.positions)
@@ -466,7 +242,7 @@ def _packed_projection(block: nn.Module) -> PackedProjection | None:
     if mlp is not None and (type(mlp) is not MiniMaxM3MLP or mlp._packed is None):
         return None
     norms = [block.input_layernorm, block.post_attention_layernorm]
-    return packed if all(type(norm) is MiniMaxM3RMSNorm and _is_plain(norm.weight) for norm in norms) else None
+    return packed if all(type(norm) is MiniMaxM3RMSNorm and is_plain(norm.weight) for norm in norms) else None
 
 
 _VERSION = attrgetter("_version")

@@ -93,7 +93,7 @@ class Scratch:
             room = numel if kept is None else max(numel, kept.numel() * 5 // 4)
             with torch.inference_mode(False):  # so that it can be written to in and outside of inference mode
                 kept = self._kept[name, dtype] = torch.empty(room, dtype=dtype, device=device)
-            self._made.clear()  # views of what it replaces
+            self._made.clear()  # views of what it replaces, which would keep that alive
         return kept[:numel]
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
