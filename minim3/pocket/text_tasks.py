@@ -1,11 +1,9 @@
 """Tasks without a picture: copy words, look up a key, add two numbers, and a few words of small talk.
 
 Words come from `WORDS`, each of which the tokenizer holds as one token. What was looked up is answered with its key, as
-the pair stands in the table. Small talk is trained, so that a chat does not
+the row stands in the table. Small talk is trained, so that a chat does not
 feel broken, and is not scored.
 """
-
-import re
 
 import numpy as np
 
@@ -26,8 +24,9 @@ rice river road rock roof room rope rose salt sand seed ship shoe shop silk sky 
 table tail tea tent toe town toy train tree wall wave west wind wolf wood wool
 """
 WORDS = tuple(_WORDS.split())
-# How a table of pairs is written: between key and value, and between pairs.
-TABLE_STYLES = ((": ", ", "), ("=", ", "), (" = ", "\n"), (": ", "\n"), (" is ", ", "))
+# A table has two columns, key and value, with a space between; between its rows stands one of these. (With a sign of its
+# own, such as `key: value`, the value is two tokens from its key, and was not learnt.)
+ROW_SEPARATORS = (", ", "; ", "\n")
 
 FOLLOW_UPS = ("And {key}?", "Look up {key}.", "What is the value of {key}?", "Tell me the value of {key}.", "{key}?")
 
@@ -87,13 +86,17 @@ def ask_text(kind: str, rng: np.random.Generator, *, held_out_wording: bool = Fa
         number = int(rng.integers(MIN_COPY_WORDS, MAX_COPY_WORDS + 1))
         words = " ".join(WORDS[index] for index in rng.integers(len(WORDS), size=number))
         return Question(kind, kind, template.format(words=words), words, held_out_wording)
+    return _lookup(rng, template, held_out_wording)[0]
+
+
+def _lookup(rng: np.random.Generator, template: str, held_out_wording: bool) -> tuple[Question, list[str]]:
+    """A question for one row of a fresh table, and all rows."""
     drawn = [WORDS[index] for index in rng.choice(len(WORDS), size=2 * NUM_LOOKUP_PAIRS, replace=False)]
-    keys, values = drawn[:NUM_LOOKUP_PAIRS], drawn[NUM_LOOKUP_PAIRS:]
-    between, after = TABLE_STYLES[int(rng.integers(len(TABLE_STYLES)))]
-    table = after.join(f"{key}{between}{value}" for key, value in zip(keys, values))
+    rows = [f"{key} {value}" for key, value in zip(drawn[:NUM_LOOKUP_PAIRS], drawn[NUM_LOOKUP_PAIRS:])]
+    table = ROW_SEPARATORS[int(rng.integers(len(ROW_SEPARATORS)))].join(rows)
     asked = int(rng.integers(NUM_LOOKUP_PAIRS))
-    answer = f"{keys[asked]}{between}{values[asked]}"
-    return Question(kind, kind, template.format(table=table, key=keys[asked]), answer, held_out_wording)
+    text = template.format(table=table, key=drawn[asked])
+    return Question("lookup", "lookup", text, rows[asked], held_out_wording), rows
 
 
 def ask_lookups(rng: np.random.Generator, num_turns: int) -> list[Question]:
@@ -101,19 +104,15 @@ def ask_lookups(rng: np.random.Generator, num_turns: int) -> list[Question]:
 
     For training: reading a table is learnt from many questions to it, and the table costs most of the tokens.
     """
-    first = ask_text("lookup", rng)
-    lines = re.findall(r"(\w+)(?:: | is | ?= ?)(\w+)", first.text)
-    pairs = {key: value for key, value in lines if key in WORDS and value in WORDS}
-    asked, between, _ = re.fullmatch(r"(\w+)(\W+|\W+is\W+)(\w+)", first.answer).groups()  # type: ignore[union-attr]
-    keys = [str(key) for key in rng.permutation([key for key in pairs if key != asked])]
+    first, rows = _lookup(rng, pick_wording(rng, TEXT_WORDINGS["lookup"], False), False)
+    others = [str(row) for row in rng.permutation([row for row in rows if row != first.answer])]
+    groups = [others[: int(rng.integers(3, len(others) + 1))]]
+    groups += [[others[number]] for number in rng.permutation(len(others)).tolist()]
     turns = [first]
-    rows = [f"{key}{between}{pairs[key]}" for key in keys]
-    groups = [slice(0, int(rng.integers(3, len(keys) + 1)))]
-    groups += [slice(number, number + 1) for number in rng.permutation(len(keys)).tolist()]
     for group in groups[: num_turns - 1]:
         wording = FOLLOW_UPS[int(rng.integers(len(FOLLOW_UPS)))]
-        text = wording.format(key=", ".join(keys[group]))
-        turns.append(Question("lookup", "lookup", text, ", ".join(rows[group]), False))
+        text = wording.format(key=", ".join(row.split()[0] for row in group))
+        turns.append(Question("lookup", "lookup", text, ", ".join(group), False))
     return turns
 
 
