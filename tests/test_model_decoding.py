@@ -97,6 +97,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "shared expert of the routed width": {"shared_intermediate_size": 24},
     "no limit, other slope and offset": {"swiglu_limit": 0.0, "swiglu_alpha": 1.0, "swiglu_beta": 0.5},
     "a limit that is reached, a large eps": {"swiglu_limit": 0.3, "rms_norm_eps": 0.05},
+    "a KV head a query head": {"num_key_value_heads": 4, "index_n_heads": 4},
+    "one KV head": {"num_key_value_heads": 1, "index_n_heads": 1},
     "all experts, every dimension rotated": {"num_experts_per_tok": 4, "rotary_dim": 16},
 }  # fmt: skip
 

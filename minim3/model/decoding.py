@@ -124,7 +124,7 @@ class _Attention:
             place.index_copy_(0, slots, new.reshape(-1, self.dim) if rows is None else rows)
         k_rows, index_rows = pages.rows(step.layout, step.index_layout)
         out = step.attend(heads.q, heads.index_q, k_rows, pages.tokens[1], index_rows)
-        self.output.add_to(Rows(out.view(x.all.shape[0], -1)), x)
+        self.output.add_to(Rows(out.reshape(x.all.shape[0], -1)), x)
 
 
 class _Step(NamedTuple):
