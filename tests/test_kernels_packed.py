@@ -409,7 +409,7 @@ def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         (kernels.portable.products, "_PRODUCT_ROWS", 12),
         (kernels.portable.select, "_TILE_ROWS", 10),
         (kernels.portable.select, "_TILE_SCORES", 400),
-        (kernels.portable.alignment, "_TILE_SCORES", 64),
+        (kernels.portable.products, "_DENSE_BLOCK", 5),
     ):
         monkeypatch.setattr(module, name, size)
     case = {"cu_q": [0, 77, 200], "cu_k": [0, 77, 220], "heads": 2, "group": 2, "block_size": 8, "topk": 3, "seed": 0}
@@ -421,10 +421,12 @@ def test_tiles_do_not_show(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(ids, kernels.select_blocks(index_q, index_k, *cu, implementation="reference", **selection))
         both("block_sparse_attention", list(tensors(case)), ids, *cu, block_size=8)
     q, k, _ = tensors(case)
-    results = []
-    for implementation in ("reference", "portable"):
-        leaves = [x.clone().requires_grad_() for x in (index_q, index_k)]
-        kernels.indexer_kl(q, k, *leaves, ids, *cu, block_size=8, implementation=implementation).backward()
-        results.append([leaf.grad for leaf in leaves])
-    for want, got in zip(*results):
-        assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+    for chosen in (ids, None):
+        results = []
+        for implementation in ("reference", "portable"):
+            leaves = [x.clone().requires_grad_() for x in (index_q, index_k)]
+            loss = kernels.indexer_kl(q, k, *leaves, chosen, *cu, block_size=8, implementation=implementation)
+            loss.backward()
+            results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
+        for want, got in zip(*results):
+            assert (got - want).abs().max() <= 1e-4 * want.abs().max()

@@ -5,7 +5,6 @@ The gradient at a scaled index score is (student - teacher) / (tokens * heads), 
 multiplied in the backward pass; no probabilities are kept. Shapes as in the reference; t rows, s keys of one piece.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +14,6 @@ from torch.autograd.function import once_differentiable
 from minim3.kernels.portable import products
 from minim3.kernels.portable.buckets import make_buckets, split_short
 from minim3.kernels.sequences import Lengths, Span, at_least_fp32, query_positions, sequence_spans
-
-_TILE_SCORES = 1 << 22
-"""Main-branch scores of a tile: 16 MiB in fp32."""
 
 _HIDDEN = -1e30
 """Added to the score of a key that takes no part: its probability is exactly zero."""
@@ -91,18 +87,8 @@ def _loss_and_gradient(
         covered = torch.cat(parts_q).index_select(0, b.packed), torch.cat(parts_k).index_select(0, b.packed)
         grad_q = covered[0] if b.rows_q is None else grad_q.index_copy_(0, b.rows_q, covered[0])
         grad_k = covered[1] if b.rows_k is None else grad_k.index_copy_(0, b.rows_k, covered[1])
-    for tile in _tiles(rest, q.shape[1]):
-        at, keys = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
-        position = torch.arange(tile.num_keys, device=q.device)
-        keep = position <= query_positions([tile], q.device)[:, None]
-        batch = _Batch(*(x.unsqueeze(0) for x in (q[at], k[keys], index_q[at], index_k[keys])))
-        part, part_q, part_k = _piece(batch, keep.expand(1, 1, -1, -1), None, work)
-        loss = loss + part
-        grad_q[at] = part_q[0]
-        grad_k[keys] += part_k[0]
-    for span in sparse:
-        assert ids is not None
-        loss = loss + _sparse_piece(q, k, index_q, index_k, ids, span, work, grad_q, grad_k)
+    for span, chosen in (*((span, None) for span in rest), *((span, ids) for span in sparse)):
+        loss = loss + _long_piece(q, k, index_q, index_k, chosen, span, work, grad_q, grad_k)
     if wants_grad:
         grad_q, grad_k = grad_q.div_(rows), grad_k.div_(rows)
     return (loss / rows).to(index_q.dtype), grad_q, grad_k
@@ -119,17 +105,6 @@ def _split(ids: Tensor | None, work: Work, device: torch.device) -> tuple[tuple[
     for span in work.spans:
         (dense if bool(complete[span.q_start : span.q_stop].all()) else sparse).append(span)
     return tuple(dense), tuple(sparse)
-
-
-def _tiles(spans: tuple[Span, ...], heads: int) -> Iterator[Span]:
-    """Query tiles, each with the keys its last query sees."""
-    for span in spans:
-        start = 0
-        while start < span.num_queries:
-            seen = span.offset + start + 1
-            count = min(max(16, _TILE_SCORES // (heads * seen)), span.num_queries - start)
-            yield Span(span.q_start + start, count, span.k_start, seen + count - 1, span.offset + start)
-            start += count
 
 
 class _Batch(NamedTuple):
@@ -166,12 +141,12 @@ def _piece(batch: _Batch, keep: Tensor, weight: Tensor | None, work: Work) -> tu
     return loss, grad_q, grad_k
 
 
-# Long documents, sparse: over selected keys only, in two passes of products over gathered rows (see `products`)
+# Long documents, over all or over selected keys, in two passes of products (see `products`)
 
 
-def _sparse_piece(
-    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor, span: Span, work: Work, grad_q: Tensor,
-    grad_k: Tensor,
+def _long_piece(
+    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor | None, span: Span, work: Work,
+    grad_q: Tensor, grad_k: Tensor,
 ) -> Tensor:  # fmt: skip
     """Summed KL of one sequence; fills its rows of `grad_q` and adds to `grad_k`. The packed tensors are whole."""
     seen = slice(span.k_start, span.k_start + span.offset + span.num_queries)
@@ -179,12 +154,16 @@ def _sparse_piece(
     group, loss = q.shape[1] // k.shape[1], index_q.new_zeros((), dtype=torch.float64)
     for tile in products.tiles(span):
         at = slice(tile.q_start, tile.q_stop)
-        for h, choice in enumerate(products.choices(ids[at], tile, work.block_size)):
+        if ids is None:
+            choices = [products.everything(tile)] * k.shape[1]
+        else:
+            choices = products.choices(ids[at], tile, work.block_size)
+        for h, choice in enumerate(choices):
             heads = slice(h * group, (h + 1) * group)
             main, index = _extended(q[at, heads], work.scale), _extended(index_q[at, h : h + 1], work.index_scale)
             for rows, extended_keys in ((main, keys[h]), (index, index_keys)):
                 _subtract_log_sum_exp(rows, extended_keys, choice)
-            part, part_q = _sparse_tile(main, index, keys[h], index_keys, choice, grad_keys)
+            part, part_q = _tile(main, index, keys[h], index_keys, choice, grad_keys)
             grad_q[at, h] = part_q.mul_(work.index_scale)
             loss += part
     return loss
@@ -212,7 +191,7 @@ def _subtract_log_sum_exp(rows: Tensor, keys: Tensor, choice: products.Choice) -
     torch.neg(lse, out=rows[..., -1])
 
 
-def _sparse_tile(
+def _tile(
     main: Tensor, index: Tensor, keys: Tensor, index_keys: Tensor, choice: products.Choice, grad_keys: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(summed KL, gradient at the scaled index queries `[R, Di]`) of a tile and one head; adds to `grad_keys`."""

@@ -13,14 +13,21 @@ from minim3.kernels.portable.flash import attend, attend_backward, merge
 from minim3.kernels.portable.products import Choice, take
 from minim3.kernels.sequences import Span
 
+_COPIED_ROWS = 256
+"""Queries that read keys often enough to pay for a copy."""
+
 
 def dense_forward(
     q: Tensor, k: Tensor, v: Tensor, span: Span, causal: bool, scale: float, out: Tensor, lse: Tensor
 ) -> None:
     """Fill `out` and `lse`: a causal square, and the keys before it as a rectangle."""
     result: tuple[Tensor, Tensor] | None = None
+    q, k, v = _in_blocks(q), _in_blocks(k), _in_blocks(v)
+    if span.num_queries >= _COPIED_ROWS:
+        # The rows of a head lie a power of two apart and share a few places of a core's cache; copied, they do not.
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     for keys, square in _dense_parts(span, causal):
-        part = attend(_in_blocks(q), _in_blocks(k[keys]), _in_blocks(v[keys]), causal=square, scale=scale)
+        part = attend(q, k[:, :, keys], v[:, :, keys], causal=square, scale=scale)
         result = part if result is None else merge(*result, *part)
     assert result is not None
     out.copy_(result[0][0].transpose(0, 1))

@@ -25,8 +25,10 @@ _REACH = 60.0
 _TILE_ROWS = 4096
 """Queries handled at once: what one KV head needs of them stays in the last-level cache."""
 
-_PRODUCT_ROWS = 512
+_PRODUCT_ROWS = 1024
 """Rows times heads of a product for each thread: its scores over a block of keys stay in a core's own cache."""
+_DENSE_BLOCK = 128
+"""Keys of a product where every row attends everything before it."""
 
 Rows = Tensor | slice
 """Rows of a tile in ascending order: int64 indices, or a run of them, which needs no gather."""
@@ -71,6 +73,14 @@ def choices(ids: Tensor, tile: Span, block_size: int) -> list[Choice]:
         Choice(tile.offset, block_size, rows[h * num_blocks : (h + 1) * num_blocks], without_own[h] if some else None)
         for h, some in enumerate(without_own.any(-1).tolist())
     ]
+
+
+def everything(tile: Span) -> Choice:
+    """The choice of rows that attend all keys before them."""
+    rows = tile.num_queries
+    num_blocks = (tile.offset + rows - 1) // _DENSE_BLOCK
+    starts = (min(max((block + 1) * _DENSE_BLOCK - tile.offset, 0), rows) for block in range(num_blocks))
+    return Choice(tile.offset, _DENSE_BLOCK, [slice(start, rows) for start in starts], None)
 
 
 def extend(x: Tensor) -> Tensor:
