@@ -35,7 +35,8 @@ def poisoned_memory() -> Iterator[None]:
 def close(got: Tensor, want: Tensor, relative: float) -> None:
     assert got.shape == want.shape
     assert torch.isfinite(got).all()
-    assert (got - want).abs().max() <= relative * want.abs().max()
+    # Values here are of size 1. A gradient that cancels (of one key the weight is always 1) is 0 up to rounding.
+    assert (got - want).abs().max() <= relative * want.abs().max().clamp_min(0.02)
 
 
 def total(lengths: list[int]) -> list[int]:

@@ -24,8 +24,8 @@ rice river road rock roof room rope rose salt sand seed ship shoe shop silk sky 
 table tail tea tent toe town toy train tree wall wave west wind wolf wood wool
 """
 WORDS = tuple(_WORDS.split())
-# A table has two columns, key and value, with a space between; between its rows stands one of these. (With a sign of its
-# own, such as `key: value`, the value is two tokens from its key, and was not learnt.)
+# A table has two columns, key and value, with a space between; between its rows stands one of these. (With a sign of
+# its own, such as `key: value`, the value is two tokens from its key, and was not learnt.)
 ROW_SEPARATORS = (", ", "; ", "\n")
 
 FOLLOW_UPS = ("And {key}?", "Look up {key}.", "What is the value of {key}?", "Tell me the value of {key}.", "{key}?")
