@@ -3,6 +3,7 @@
 T  tokens of the batch      n  target positions among them      H  hidden size      V  vocabulary
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,6 +64,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
+@dataclass(frozen=True)
+class LossCounts:
+    """What the losses are means over, of one batch or of all batches of a step (`LossCounts.of(batches, depths)`)."""
+
+    tokens: int
+    targets: int
+    draft_targets: tuple[int, ...]  # of each MTP depth
+
+    @classmethod
+    def of(cls, batches: Sequence[Batch], num_depths: int) -> "LossCounts":
+        depths = [[_num_targets(labels) for labels in mtp_labels(batch, num_depths)] for batch in batches]
+        return cls(
+            sum(batch.num_tokens for batch in batches),
+            sum(_num_targets(batch.labels) for batch in batches),
+            tuple(sum(counts) for counts in zip(*depths, strict=True)),
+        )
+
+
 @dataclass
 class Losses:
     """What one forward pass gives the trainer. `parts` holds every loss unweighted, for the log."""
@@ -93,17 +112,21 @@ def forward_packed(model: Any, batch: Batch, record: ForwardRecord) -> tuple[Ten
     return model.text_model.forward_packed(embeds, packing, record), packing
 
 
-def compute_losses(model: Any, batch: Batch, recipe: LossRecipe) -> Losses:
+def compute_losses(model: Any, batch: Batch, recipe: LossRecipe, whole: LossCounts | None = None) -> Losses:
     """Forward pass and weighted sum of the losses; losses of weight 0 are not computed.
 
     next_token: mean over all targets of the batch. mtp: mean over depths of the mean over the targets of a depth.
     indexer_kl: sum over sparse layers of the mean over tokens and index heads; it reaches index parameters only.
+
+    whole: the counts of all batches whose gradients are accumulated into one step. Every loss is then this batch's share
+    of the mean over all of them: summed over the batches, losses and gradients are those of one large batch.
     """
+    whole = whole or LossCounts.of([batch], 0 if model.text_model.mtp is None else len(model.text_model.mtp.layers))
     record = ForwardRecord(expert_ids=[], indexer_kl=[] if recipe.indexer_kl_weight else None)
     hidden, packing = forward_packed(model, batch, record)
     head = model.get_output_embeddings().weight
 
-    loss, correct = _cross_entropy(hidden, head, batch.labels, recipe.logit_chunk_tokens)
+    loss, correct = _cross_entropy(hidden, head, batch.labels, recipe.logit_chunk_tokens, whole.targets)
     parts, total = {"next_token": loss}, loss
     draft_correct = None
     if recipe.mtp_weight:
@@ -113,8 +136,11 @@ def compute_losses(model: Any, batch: Batch, recipe: LossRecipe) -> Losses:
             hidden, batch.input_ids, model.embed_tokens_packed, packing, record
         )
         of_depth = []
-        for labels, hidden_of_depth in zip(mtp_labels(batch, len(depths)), depths, strict=True):
-            loss, depth_correct = _cross_entropy(hidden_of_depth, head, labels, recipe.logit_chunk_tokens)
+        every_depth = zip(mtp_labels(batch, len(depths)), depths, whole.draft_targets, strict=True)
+        for labels, hidden_of_depth, num_targets in every_depth:
+            loss, depth_correct = _cross_entropy(
+                hidden_of_depth, head, labels, recipe.logit_chunk_tokens, num_targets
+            )
             of_depth.append(loss)
             draft_correct = depth_correct if draft_correct is None else draft_correct
         parts["mtp"] = torch.stack(of_depth).mean()
@@ -122,7 +148,7 @@ def compute_losses(model: Any, batch: Batch, recipe: LossRecipe) -> Losses:
     if record.indexer_kl is not None:
         if not record.indexer_kl:
             raise ValueError("loss.indexer_kl_weight is set, but no layer of the model has an indexer")
-        parts["indexer_kl"] = torch.stack(record.indexer_kl).sum()
+        parts["indexer_kl"] = torch.stack(record.indexer_kl).sum() * (batch.num_tokens / whole.tokens)
         total = total + recipe.indexer_kl_weight * parts["indexer_kl"]
     assert record.expert_ids is not None
     return Losses(total, parts, correct, draft_correct, record.expert_ids)
@@ -140,7 +166,14 @@ def mtp_labels(batch: Batch, num_depths: int) -> list[Tensor]:
     return shifted
 
 
-def _cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+def _num_targets(labels: Tensor) -> int:
+    return int((labels != IGNORED).sum())
+
+
+def _cross_entropy(
+    hidden: Tensor, head: Tensor, labels: Tensor, chunk_tokens: int, num_targets: int
+) -> tuple[Tensor, Tensor]:
+    """The sum over the targets of `labels`, divided by `num_targets`; and which of them are the first choice."""
     places = (labels != IGNORED).nonzero().squeeze(1)
     loss, correct = ChunkedCrossEntropy.apply(hidden[places], head, labels[places], chunk_tokens)
-    return loss, correct
+    return loss * (places.shape[0] / max(num_targets, 1)), correct
