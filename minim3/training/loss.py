@@ -118,8 +118,8 @@ def compute_losses(model: Any, batch: Batch, recipe: LossRecipe, whole: LossCoun
     next_token: mean over all targets of the batch. mtp: mean over depths of the mean over the targets of a depth.
     indexer_kl: sum over sparse layers of the mean over tokens and index heads; it reaches index parameters only.
 
-    whole: the counts of all batches whose gradients are accumulated into one step. Every loss is then this batch's share
-    of the mean over all of them: summed over the batches, losses and gradients are those of one large batch.
+    whole: the counts of all batches whose gradients are accumulated into one step. Every loss is then this batch's
+    share of the mean over all of them: summed over the batches, losses and gradients are those of one large batch.
     """
     whole = whole or LossCounts.of([batch], 0 if model.text_model.mtp is None else len(model.text_model.mtp.layers))
     record = ForwardRecord(expert_ids=[], indexer_kl=[] if recipe.indexer_kl_weight else None)
