@@ -19,15 +19,48 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
+class SparseConversionRecipe:
+    """The indexers that a dense checkpoint is given: an index head each KV head, the rest as a config has it.
+
+    layers: those whose attention becomes sparse; None means all but the first. head_dim: of the index heads; None means
+    that of the attention. topk_blocks: a query's budget, forced blocks included.
+    """
+
+    block_size: int
+    topk_blocks: int
+    layers: tuple[int, ...] | None = None
+    head_dim: int | None = None
+    init_blocks: int = 0
+    local_blocks: int = 1
+    score_type: Literal["max", "lse"] = "max"
+
+
+@dataclass(frozen=True)
 class ModelRecipe:
-    """What is trained: a config in the released `config.json` dialect, or a checkpoint to go on from."""
+    """What is trained: a config in the released `config.json` dialect, or a checkpoint to go on from.
+
+    convert_to_sparse: fresh indexers for a dense checkpoint. add_mtp_modules: so many fresh MTP modules for a
+    checkpoint that has none. precision "bf16": products in bf16 from weights that stay, and move, in fp32.
+    checkpoint_activations: keep only the input of every layer, and compute the layer again on the way back.
+    """
 
     config: Mapping[str, Any] | None = None
     start_from: str | None = None
+    convert_to_sparse: SparseConversionRecipe | None = None
+    add_mtp_modules: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    checkpoint_activations: bool = False
 
     def __post_init__(self) -> None:
         if (self.config is None) == (self.start_from is None):
             raise ValueError("model needs exactly one of `config` (train from scratch) and `start_from` (a checkpoint)")
+        if self.add_mtp_modules < 0:
+            raise ValueError(f"model.add_mtp_modules must not be negative, is {self.add_mtp_modules}")
+        if self.config is not None and (self.convert_to_sparse is not None or self.add_mtp_modules):
+            raise ValueError(
+                "model.convert_to_sparse and model.add_mtp_modules change a checkpoint (model.start_from); a model "
+                "from scratch has sparse layers and MTP modules by its config"
+            )
 
 
 @dataclass(frozen=True)
@@ -64,24 +97,45 @@ class LossRecipe:
     """Weights of the losses beside the next-token one (whose weight is 1); 0 leaves a loss out.
 
     `*_every_steps` saves time: the loss is computed, and moves weights, on every so many steps only.
+    indexer_kl_form: "sparse" aligns the indexer over the blocks it chose; "dense", the warm-up, over all keys, and
+    then every layer attends to all keys too. router_aux_weight: the load-balancing loss over the router's
+    probabilities. z_weight: the mean square of the logits' log-sum-exp, which keeps logits from drifting.
+    recall_every_steps: how often the share of attention that lies inside the chosen blocks is measured, on
+    `recall_queries` queries a layer; 0 means never.
     """
 
     mtp_weight: float = 0.0
     mtp_every_steps: int = 1
     indexer_kl_weight: float = 0.0
     indexer_kl_every_steps: int = 1
+    indexer_kl_form: Literal["sparse", "dense"] = "sparse"
+    router_aux_weight: float = 0.0
+    z_weight: float = 0.0
+    recall_every_steps: int = 100
+    recall_queries: int = 64
     logit_chunk_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        _require_positive("loss", self, ("mtp_every_steps", "indexer_kl_every_steps", "logit_chunk_tokens"))
+        positive = ("mtp_every_steps", "indexer_kl_every_steps", "recall_queries", "logit_chunk_tokens")
+        _require_positive("loss", self, positive)
+        for name in ("mtp_weight", "indexer_kl_weight", "router_aux_weight", "z_weight", "recall_every_steps"):
+            _require_at_least_zero("loss", self, name)
 
     def at_step(self, step: int) -> "LossRecipe":
-        """The recipe with weight 0 for every loss that is left out at `step`."""
+        """The recipe with weight 0 for every loss that is left out at `step`, and without recall between its steps."""
         return dataclasses.replace(
             self,
             mtp_weight=0.0 if step % self.mtp_every_steps else self.mtp_weight,
             indexer_kl_weight=0.0 if step % self.indexer_kl_every_steps else self.indexer_kl_weight,
+            recall_every_steps=0 if step % max(1, self.recall_every_steps) else self.recall_every_steps,
         )
+
+
+# The parts of a model that a recipe can freeze, and what belongs to each: `minim3.training.optim.part_of`.
+MODEL_PARTS = (
+    "vision", "projector", "embeddings", "head", "attention", "mlp", "experts", "router", "norms", "indexer", "mtp",
+)  # fmt: skip
+TEXT_PARTS = ("embeddings", "head", "attention", "mlp", "experts", "router", "norms")
 
 
 @dataclass(frozen=True)
@@ -90,6 +144,8 @@ class OptimRecipe:
 
     kind "muon": matrices inside layers move by Muon at rate `muon_lr`, everything else by AdamW at rate `lr`. Both
     rates follow the schedule, and the `*_lr_scale` factors hold for both.
+    freeze: parts of `MODEL_PARTS` that stay as they are, bit for bit; "text" names the backbone, that is all parts but
+    vision, projector, indexer and mtp.
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -101,13 +157,19 @@ class OptimRecipe:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     indexer_lr_scale: float = 1.0
-    vision_lr_scale: float = 1.0  # 0 freezes the vision tower and its projectors
+    vision_lr_scale: float = 1.0  # 0 freezes the vision tower (and its projectors, which follow it by default)
+    projector_lr_scale: float | None = None  # of the two projectors; None: as the vision tower
     head_norm_lr_scale: float = 1.0  # of the per-head norms of queries and keys: they set how sharp attention can be
     router_bias_step: float = 1e-3
     router_bias_follows_schedule: bool = False
     ema_decay: float = 0.0
+    freeze: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for part in self.freeze:
+            if part not in (*MODEL_PARTS, "text"):
+                (near,) = difflib.get_close_matches(part, (*MODEL_PARTS, "text"), n=1, cutoff=0.0)
+                raise ValueError(f"optim.freeze names an unknown part {part!r}; did you mean {near!r}?")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas must be two numbers in [0, 1), not {list(self.betas)}")
         if not 0 <= self.ema_decay < 1:
@@ -116,11 +178,24 @@ class OptimRecipe:
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
-    """Learning rate over the run: linear warm-up, then `kind` down to `final_fraction` of the peak."""
+    """Learning rate over the run: linear warm-up, then `kind` down to `final_fraction` of the peak.
 
-    kind: Literal["cosine", "constant", "linear"] = "cosine"
+    "wsd" (warm-up, stable, decay) stays at the peak and falls linearly over the last `decay_steps`.
+    """
+
+    kind: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
     warmup_steps: int = 0
     final_fraction: float = 0.0
+    decay_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_steps", "decay_steps"):
+            _require_at_least_zero("schedule", self, name)
+        if (self.kind == "wsd") != (self.decay_steps > 0):
+            raise ValueError(
+                f"schedule.decay_steps is {self.decay_steps} and schedule.kind {self.kind!r}: wsd needs steps to decay "
+                "in, the other kinds take none"
+            )
 
 
 @dataclass(frozen=True)
@@ -225,6 +300,11 @@ def _require_positive(section: str, recipe: Any, names: Iterable[str]) -> None:
         if getattr(recipe, name) < 1:
             key = f"{section}.{name}" if section else name
             raise ValueError(f"{key} must be at least 1, is {getattr(recipe, name)}")
+
+
+def _require_at_least_zero(section: str, recipe: Any, name: str) -> None:
+    if getattr(recipe, name) < 0:
+        raise ValueError(f"{section}.{name} must not be negative, is {getattr(recipe, name)}")
 
 
 def _apply_override(document: dict[str, Any], override: str) -> None:
