@@ -16,12 +16,13 @@ from benchmarks.attention_prefill import (
     HEADS,
     KV_HEADS,
     Layer,
+    finish,
     make_layer,
     options_of,
     selected_pairs,
     warm_up,
 )
-from benchmarks.report import PRODUCT_FLOPS, Claim, alternate, plot_lines, product, publish, share_of_products
+from benchmarks.report import Claim, alternate, product, share_of_products
 from minim3 import kernels
 
 
@@ -38,7 +39,6 @@ def main() -> None:
     parser.add_argument("--longest-warm-up", type=int, default=4096)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
     claims: list[Claim] = []
     lines: dict[str, dict[int, float]] = {"selected keys": {}, "all keys": {}}
     warm_up(lambda layer: align(layer, layer.select())())
@@ -59,11 +59,7 @@ def main() -> None:
         share = share_of_products(flops, seconds["selected keys"], seconds["product"])
         claims.append(Claim(f"useful products of the alignment, {length} tokens", None, flops / 1e9, "GFLOP"))
         claims.append(Claim(f"share of the matrix rate, {length} tokens", None, share, "%"))
-    rate = PRODUCT_FLOPS / min(seconds["product"]) / 1e9
-    publish([Claim(f"fp32 matrix product, {threads}", None, rate, "GFLOP/s"), *claims], options.json)
-    if options.plot is not None:
-        title = f"Alignment loss and gradient of one layer, fp32, {threads}"
-        plot_lines(options.plot, title, "seconds", {name: line for name, line in lines.items() if line})
+    finish(claims, seconds["product"], lines, "Alignment loss and gradient of one layer", options)
 
 
 if __name__ == "__main__":

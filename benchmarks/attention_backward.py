@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.attention_prefill import DIM, dense_mask, make_layer, options_of, selected_pairs, warm_up
-from benchmarks.report import PRODUCT_FLOPS, Claim, alternate, plot_lines, product, publish, ratio, share_of_products
+from benchmarks.attention_prefill import DIM, dense_mask, finish, make_layer, options_of, selected_pairs, warm_up
+from benchmarks.report import Claim, alternate, product, ratio, share_of_products
 
 BARS = {("masked", 4096): 2.0}
 
@@ -29,7 +29,6 @@ def main() -> None:
     parser.add_argument("--longest-mask", type=int, default=4096)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
     claims: list[Claim] = []
     lines: dict[str, dict[int, float]] = {}
     warm_up(lambda layer: gradient(lambda q, k, v: layer._replace(q=q, k=k, v=v).attend(layer.select()), layer[:3])())
@@ -65,11 +64,13 @@ def main() -> None:
         claims.append(Claim(f"useful products of the backward, {length} tokens", None, flops / 1e9, "GFLOP"))
         share = share_of_products(flops, seconds["minim3"], seconds["product"])
         claims.append(Claim(f"share of the matrix rate, {length} tokens", None, share, "%"))
-    rate = PRODUCT_FLOPS / min(seconds["product"]) / 1e9
-    publish([Claim(f"fp32 matrix product, {threads}", None, rate, "GFLOP/s"), *claims], options.json)
-    if options.plot is not None:
-        title = f"Backward of one layer's attention, 16/4 heads of 64, top-16 blocks of 128, fp32, {threads}"
-        plot_lines(options.plot, title, "seconds", lines)
+    finish(
+        claims,
+        seconds["product"],
+        lines,
+        "Backward of one layer's attention, 16/4 heads of 64, top-16 blocks of 128",
+        options,
+    )
 
 
 if __name__ == "__main__":

@@ -104,6 +104,22 @@ def options_of(description: str, lengths: list[int]) -> argparse.ArgumentParser:
     return parser
 
 
+def finish(
+    claims: list[Claim],
+    products: list[float],
+    lines: dict[str, dict[int, float]],
+    title: str,
+    options: argparse.Namespace,
+) -> None:
+    """Publish the claims after the rate of the machine's own product, and plot the lines if asked for."""
+    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
+    rate = PRODUCT_FLOPS / min(products) / 1e9
+    publish([Claim(f"fp32 matrix product, {threads}", None, rate, "GFLOP/s"), *claims], options.json)
+    if options.plot is not None:
+        lines = {name: line for name, line in lines.items() if line}
+        plot_lines(options.plot, f"{title}, fp32, {threads}", "seconds", lines)
+
+
 def warm_up(run: Callable[[Layer], object]) -> None:
     run(make_layer(3 * BLOCK, "random"))
 
@@ -115,7 +131,6 @@ def main() -> None:
     parser.add_argument("--longest-mask", type=int, default=LONGEST_MASK)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
     claims: list[Claim] = []
     lines: dict[str, dict[int, float]] = {}
     warm_up(lambda layer: layer.attend(layer.select()))
@@ -154,11 +169,8 @@ def main() -> None:
             claims.append(Claim(f"useful products, {name}", None, flops / 1e9, "GFLOP"))
             share = share_of_products(flops, ours, seconds["product"])
             claims.append(Claim(f"share of the matrix rate, {name}", None, share, "%"))
-    rate = PRODUCT_FLOPS / min(seconds["product"]) / 1e9
-    publish([Claim(f"fp32 matrix product, {threads}", None, rate, "GFLOP/s"), *claims], options.json)
-    if options.plot is not None:
-        title = f"Prefill of one layer, 16/4 heads of 64, top-16 blocks of 128, fp32, {threads}"
-        plot_lines(options.plot, title, "seconds", {name: line for name, line in lines.items() if line})
+    title = "Prefill of one layer, 16/4 heads of 64, top-16 blocks of 128"
+    finish(claims, seconds["product"], lines, title, options)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.generate_vs_transformers import CLOSE, Clock, make_checkpoint, prompt, transformers_config
+from benchmarks.generate_vs_transformers import (
+    CLOSE,
+    Clock,
+    disagreement,
+    make_checkpoint,
+    prompt,
+    transformers_config,
+)
 from benchmarks.report import Claim, arguments, publish
 
 PAIRS = (("sdpa", "minim3"), ("eager", "minim3"), ("sdpa, static cache", "minim3, static cache"))
@@ -73,18 +80,6 @@ def run(side: str, folder: Path, length: int, new_tokens: int, threads: int) -> 
     if done.returncode:
         sys.exit(f"{side} at {length} tokens: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-@torch.inference_mode()
-def disagreement(folder: Path, length: int, theirs: list[int], ours: list[int]) -> str | None:
-    """None if the tokens are equal up to a near tie of the top two logits; otherwise what differs."""
-    for i, (a, b) in enumerate(zip(theirs, ours)):
-        if a != b:
-            ids = torch.cat([prompt(length), torch.tensor([ours[:i]], dtype=torch.long)], dim=1)
-            top = load("minim3", folder)(input_ids=ids, logits_to_keep=1).logits[0, -1].topk(2).values
-            gap = float(top[0] - top[1])
-            return None if gap < CLOSE else f"token {i} at {length}: {a} and {b}, top two logits {gap:.2g} apart"
-    return None
 
 
 def main() -> None:
