@@ -4,7 +4,7 @@ A step of decoding on a CPU is short: reading the weights of a small model takes
 call of eager PyTorch a few microseconds, since the weights that went through the caches have driven its code out. So
 nothing is made anew here: every operation writes into a buffer of the `Space` of its number of tokens, whose views are
 made with it; what layers share is made once a step; and among ways to compute the same, the one is taken whose
-operators ran just before. `torch.ops.*` is not called: that takes 20 microseconds longer than the functions of torch.
+operators ran just before. `torch.ops.*` is not called: that takes tens of microseconds longer than functions of torch.
 
 A projection that is not a plain fp32 weight (another format, an adapter) is called as the module it is.
 
@@ -212,7 +212,6 @@ class DecodingModel:
             layer.mlp.add_to(normed, x, space)
         self._norm.into(x, normed, space)
         return normed.all.clone()
-
 
     def _rotary(self, positions: Tensor) -> RotaryFactors:
         """`RotaryFactors` of `[T]` positions, from the frequencies of `rotary_table`."""

@@ -66,12 +66,32 @@ class WeightMatrix(Protocol):
 
 
 @dataclass
-class Int8Matrix:
-    """codes: int8 `[rows, columns padded]`; scales: bf16 `[rows]`."""
+class _ScaledRows:
+    """Codes and scales with as many rows as the matrix."""
 
     codes: Tensor
     scales: Tensor
     columns: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.codes.shape[0]
+
+    def num_bytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    @classmethod
+    def join(cls, matrices: Sequence[Self]) -> tuple[Self, list[Self]]:
+        codes, scales = torch.cat([m.codes for m in matrices]), torch.cat([m.scales for m in matrices])
+        sizes, columns = [m.num_rows for m in matrices], matrices[0].columns
+        views = zip(codes.split(sizes), scales.split(sizes), strict=True)
+        return cls(codes, scales, columns), [cls(*view, columns) for view in views]
+
+
+@dataclass
+class Int8Matrix(_ScaledRows):
+    """codes: int8 `[rows, columns padded]`; scales: bf16 `[rows]`."""
+
     format: ClassVar[str] = "int8"
 
     @classmethod
@@ -88,10 +108,6 @@ class Int8Matrix:
             codes[rows, : weight.shape[1]] = (values / scale.float().unsqueeze(1)).round_().clamp_(-127, 127)
         return cls(codes, scales, weight.shape[1])
 
-    @property
-    def num_rows(self) -> int:
-        return self.codes.shape[0]
-
     def prepare(self, x: Tensor) -> Tensor:
         return _padded(x.bfloat16(), self.codes.shape[1])
 
@@ -103,16 +119,6 @@ class Int8Matrix:
 
     def dequantize(self) -> Tensor:
         return self.codes[:, : self.columns].float().mul_(self.scales.float().unsqueeze(1))
-
-    def num_bytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
-
-    @classmethod
-    def join(cls, matrices: Sequence[Self]) -> tuple[Self, list[Self]]:
-        codes, scales = torch.cat([m.codes for m in matrices]), torch.cat([m.scales for m in matrices])
-        sizes, columns = [m.num_rows for m in matrices], matrices[0].columns
-        views = zip(codes.split(sizes), scales.split(sizes), strict=True)
-        return cls(codes, scales, columns), [cls(*view, columns) for view in views]
 
 
 @dataclass
@@ -216,12 +222,9 @@ class Int4Matrix:
 
 
 @dataclass
-class MXFP8Matrix:
+class MXFP8Matrix(_ScaledRows):
     """codes: e4m3 `[rows, columns]`; scales: uint8 exponents `[rows, ceil(columns / 32)]`, none of them 255."""
 
-    codes: Tensor
-    scales: Tensor
-    columns: int
     format: ClassVar[str] = "mxfp8"
 
     @classmethod
@@ -241,10 +244,6 @@ class MXFP8Matrix:
             raise ValueError(f"MXFP8 scale at {where} is 255, which stands for NaN")
         return cls(codes.clone(), scales, codes.shape[1])
 
-    @property
-    def num_rows(self) -> int:
-        return self.codes.shape[0]
-
     def prepare(self, x: Tensor) -> Tensor:
         return x
 
@@ -260,16 +259,6 @@ class MXFP8Matrix:
 
     def dequantize(self) -> Tensor:
         return self._rows(slice(0, self.num_rows))
-
-    def num_bytes(self) -> int:
-        return self.codes.nbytes + self.scales.nbytes
-
-    @classmethod
-    def join(cls, matrices: Sequence[Self]) -> tuple[Self, list[Self]]:
-        codes, scales = torch.cat([m.codes for m in matrices]), torch.cat([m.scales for m in matrices])
-        sizes, columns = [m.num_rows for m in matrices], matrices[0].columns
-        views = zip(codes.split(sizes), scales.split(sizes), strict=True)
-        return cls(codes, scales, columns), [cls(*view, columns) for view in views]
 
     def _rows(self, rows: slice) -> Tensor:
         """What `dequantize_mxfp8` gives for these rows, in fp32; values are looked up, which is quicker on a CPU."""
