@@ -415,6 +415,39 @@ def test_weights_choose_the_kinds() -> None:
         PocketSource(kind_weights={"colour": -1.0})
 
 
+@given(seeds)
+def test_nothing_is_asked_of_what_has_no_name(seed: int) -> None:
+    """An answer "None", or "how many objects" for "how many of these", would be learnt as the truth."""
+    rng = np.random.default_rng(seed)
+    scene = random_scene(rng, nameless_fraction=0.6)
+    asked = [ask(scene, kind, rng) for kind in KINDS]
+    texts = [f"{question.text} {question.answer}" for question in asked if question]
+    texts.append(questions.describe(scene, rng).answer)
+    assert not any("None" in text or "  " in text for text in texts), texts
+    looks = questions._looks(scene.objects)
+    assert all(look.count(scene) > 0 and (look.size or look.colour or look.shape) for look in looks)
+
+
+def test_colours_without_a_name_are_far_from_those_with_one() -> None:
+    """Nearly red stars would show the held-out pair of red and star under another name."""
+    found = [
+        one for seed in range(60) for one in random_scene(np.random.default_rng(seed), nameless_fraction=0.5).objects
+    ]
+    nameless = [np.array(one.rgb) for one in found if one.colour is None]
+    assert len(nameless) > 20
+    for rgb in nameless:
+        assert min(np.linalg.norm(rgb - np.array(known)) for known in COLOURS.values()) >= world.NAMELESS_DISTANCE
+    shapeless = [one for one in found if one.shape is None]
+    assert len(shapeless) > 20
+    assert all(one.colour in COLOURS for one in shapeless)
+    assert len({world._mask(None, 24, one.outline).tobytes() for one in shapeless}) == len(shapeless)
+
+
+def test_scenes_of_the_evaluation_have_names_throughout() -> None:
+    for case in evaluate.fresh_questions(3, 40):
+        assert all(one.colour and one.shape for one in case.scene.objects)
+
+
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 
@@ -522,6 +555,17 @@ def test_the_first_lesson_names_the_object_of_each_cell() -> None:
     assert SHAPES[shape - 1] == largest.shape
     assert list(SIZES)[size - 1] == largest.size
     assert (across, down) == (largest.x % 28 / 7, largest.y % 28 / 7)
+
+
+def test_the_first_lesson_asks_no_name_where_there_is_none() -> None:
+    """A colour without a name taught as "no object" would teach the tower to overlook stars of other colours."""
+    for seed in range(10):
+        scene = random_scene(np.random.default_rng(seed), nameless_fraction=0.5)
+        targets = warmup.cell_targets(scene)
+        assert int((targets[:, 2] > 0).sum()) == len(scene.objects)
+        for column, attribute in enumerate(("colour", "shape")):
+            nameless = sum(getattr(one, attribute) is None for one in scene.objects)
+            assert int((targets[:, column] == warmup.NAMELESS).sum()) == nameless
 
 
 def test_the_first_lesson_teaches_colours_at_once() -> None:

@@ -147,6 +147,8 @@ def _ask_attribute(scene: Scene, kind: str, rng: np.random.Generator, held_out_p
     target = _pick(rng, targets)
     values = {"size": target.size, "colour": target.colour, "shape": target.shape}
     answer = values.pop(kind)
+    if answer is None:
+        return None
     first, second = values
     unique = [
         look
@@ -165,7 +167,8 @@ def _ask_count(scene: Scene, kind: str, rng: np.random.Generator, held_out_pair:
 
 
 def _looks(items: Iterable[SceneObject]) -> list[Look]:
-    """Colour, shape, colour and shape, size and shape, size and colour of every object, each description once."""
+    """Colour, shape, colour and shape, size and shape, size and colour of every object, each description once. Where
+    colour or shape has no name, what is left; but not every "object", which is a kind of question of its own."""
     looks: dict[Look, None] = {}
     for item in items:
         looks[Look(colour=item.colour)] = None
@@ -173,7 +176,7 @@ def _looks(items: Iterable[SceneObject]) -> list[Look]:
         looks[Look(colour=item.colour, shape=item.shape)] = None
         looks[Look(size=item.size, shape=item.shape)] = None
         looks[Look(size=item.size, colour=item.colour)] = None
-    return list(looks)
+    return [look for look in looks if look != Look()]
 
 
 def _absent_look(scene: Scene, rng: np.random.Generator) -> Look | None:
@@ -248,7 +251,11 @@ def offset(direction: str, item: SceneObject, other: SceneObject) -> float:
 
 def _ask_relation(scene: Scene, kind: str, rng: np.random.Generator, held_out_pair: bool) -> Made:
     """One of the three forms of a relation question, about objects that colour and shape name uniquely."""
-    nameable = [item for item in scene.objects if Look(colour=item.colour, shape=item.shape).count(scene) == 1]
+    nameable = [
+        item
+        for item in scene.objects
+        if item.colour and item.shape and Look(colour=item.colour, shape=item.shape).count(scene) == 1
+    ]
     form = _pick(rng, list(RELATION_FORMS))
     found: list[tuple[str, SceneObject, SceneObject]] = []
     for direction in RELATION_WORDS:
@@ -309,7 +316,7 @@ def describe(scene: Scene, rng: np.random.Generator) -> Question:
     to bottom, or from left to right with the region of each."""
     form = _pick(rng, list(DESCRIBE_WORDINGS))
     items = sorted(scene.objects, key=lambda item: item.y if form == "top_to_bottom" else item.x)
-    looks = [f"{item.size} {item.colour} {item.shape}" for item in items]
+    looks = [Look(item.size, item.colour, item.shape).words() for item in items]
     if form == "places":
         looks = [f"{look} {place_name(item)}" for look, item in zip(looks, items)]
     return Question("describe", form, _pick(rng, list(DESCRIBE_WORDINGS[form])), ", ".join(looks))

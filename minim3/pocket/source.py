@@ -35,6 +35,7 @@ TEXT_WEIGHTS = {"copy": 0.2, "lookup": 0.5, "sum": 0.26, "small_talk": 0.04}
 TEXT_GROUPS = {"copy": (6, 1), "lookup": (2, 4), "sum": (5, 8), "small_talk": (4, 3)}
 # Scenes of 1 to 6 objects: a full one answers more questions.
 OBJECT_COUNT_WEIGHTS = (0.08, 0.14, 0.18, 0.2, 0.2, 0.2)
+NAMELESS_FRACTION = 0.4  # of the objects in every second picture: a colour or a shape without a name
 
 Message = dict[str, Any]
 
@@ -101,7 +102,9 @@ class PocketSource:
         return self._picture_group(rng)
 
     def _picture_group(self, rng: np.random.Generator) -> Group:
-        scene = random_scene(rng, num_objects=int(rng.choice(MAX_OBJECTS, p=OBJECT_COUNT_WEIGHTS)) + 1)
+        num_objects = int(rng.choice(MAX_OBJECTS, p=OBJECT_COUNT_WEIGHTS)) + 1
+        nameless_fraction = NAMELESS_FRACTION if rng.random() < 0.5 else 0.0
+        scene = random_scene(rng, num_objects=num_objects, nameless_fraction=nameless_fraction)
         questions = self._questions(scene, rng)
         conversations = []
         # Some questions stand alone, as in evaluation; the others share conversations, which costs fewer tokens.

@@ -35,6 +35,8 @@ from minim3.training.optim import build_optimizer, schedule_factor, set_learning
 ATTRIBUTES = (tuple(COLOURS), SHAPES, tuple(SIZES))
 NUM_PLACES = CELL // LATTICE  # on each side of a cell. Which cell it is, a tower of relative positions cannot tell
 PLACE_WEIGHT = 0.5
+NAMELESS = -100  # what cross_entropy leaves out
+NAMELESS_FRACTION = 0.5
 EMPTY_WEIGHT = 0.3  # most cells are empty
 EMBEDDING_STD = 0.5
 # Normed queries and keys of 32 channels meet in logits of at most 5.7 (32 ** 0.5), too blunt to single a token out of a
@@ -81,14 +83,15 @@ class AttributeHead(nn.Module):
 
 
 def cell_targets(scene: Scene) -> Tensor:
-    """int64 `[cells, 5]`: of the object centred in each cell, indices of colour, shape and size, and where in the cell
-    its centre lies, in steps of `LATTICE` from the left and from the top; 0 where there is none."""
+    """int64 `[cells, 5]`: of the object centred in each cell, indices of colour, shape and size (`NAMELESS` for one
+    without a name), and where in the cell its centre lies, in steps of `LATTICE` from the left and from the top; 0
+    where there is none."""
     columns = PICTURE_SIZE // CELL
     targets = torch.zeros(columns * columns, len(ATTRIBUTES) + 2, dtype=torch.int64)
     for item in scene.objects:
         cell = int(item.y // CELL) * columns + int(item.x // CELL)
         names = (item.colour, item.shape, item.size)
-        indices = [known.index(name) + 1 for known, name in zip(ATTRIBUTES, names)]
+        indices = [known.index(name) + 1 if name else NAMELESS for known, name in zip(ATTRIBUTES, names)]
         places = [int(centre) // LATTICE % NUM_PLACES for centre in (item.x, item.y)]
         targets[cell] = torch.tensor(indices + places)
     return targets
@@ -99,7 +102,7 @@ def batches(processor: MiniMaxM3VLImageProcessor, seed: int, num_pictures: int) 
     step = 0
     while True:
         rng = np.random.default_rng([WARMUP_STREAM, seed, step])
-        scenes = [random_scene(rng) for _ in range(num_pictures)]
+        scenes = [random_scene(rng, nameless_fraction=NAMELESS_FRACTION) for _ in range(num_pictures)]
         inputs = processor([draw(scene) for scene in scenes])
         targets = torch.cat([cell_targets(scene) for scene in scenes])
         yield inputs["pixel_values"], inputs["image_grid_thw"], targets
@@ -115,6 +118,7 @@ def warm_up(
     places = nn.ModuleList([nn.Linear(model.text_config.hidden_size, NUM_PLACES) for _ in range(2)])
     images = processor.image_processor
     assert images is not None
+    # Muon leaves what is named "lm_head" to AdamW: rows of logits are no matrix in between two layers.
     pupils = nn.ModuleDict(
         {
             "vision_tower": model.vision_tower,
@@ -128,29 +132,30 @@ def warm_up(
     optimizer = build_optimizer(
         pupils, OptimRecipe(kind="muon", lr=lr, muon_lr=muon_lr, betas=(0.9, 0.98), weight_decay=0.05)
     )
-    right, seen, started = torch.zeros(len(ATTRIBUTES) + 2), 0, time.monotonic()
+    right, seen, started = torch.zeros(len(ATTRIBUTES) + 2), torch.zeros(len(ATTRIBUTES) + 2), time.monotonic()
     for step, (pixels, grids, targets) in zip(range(1, steps + 1), batches(images, seed, num_pictures)):
         features = model.get_image_features(pixels, grids)
         loss = features.new_zeros(())
-        occupied = targets[:, 0] > 0
+        occupied = targets[:, 2] > 0
         for number, head in enumerate(heads):
             logits, target = head(features), targets[:, number]
             weight = torch.ones(logits.shape[1])
             weight[0] = EMPTY_WEIGHT
             loss = loss + F.cross_entropy(logits, target, weight)
             right[number] += (logits.argmax(-1) == target)[occupied].sum()
+            seen[number] += (target[occupied] != NAMELESS).sum()
         for number, head in enumerate(places, start=len(heads)):
             logits, target = head(features[occupied]), targets[occupied, number]
             loss = loss + PLACE_WEIGHT * F.cross_entropy(logits, target)
             right[number] += (logits.argmax(-1) == target).sum()
-        seen += int(occupied.sum())
+            seen[number] += len(target)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         set_learning_rate(optimizer, schedule_factor(step - 1, steps, schedule))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step % log_every_steps == 0 or step == steps:
-            colour, shape, size, across, down = (right / max(1, seen)).tolist()
+            colour, shape, size, across, down = (right / seen.clamp_min(1)).tolist()
             print(
                 f"step {step}/{steps} loss {loss.item():.3f} objects right: colour {colour:.3f} shape {shape:.3f} "
                 f"size {size:.3f} across {across:.3f} down {down:.3f} features {features.detach().std():.2f} "
@@ -158,7 +163,7 @@ def warm_up(
                 file=sys.stderr, flush=True,
             )  # fmt: skip
             right.zero_()
-            seen = 0
+            seen.zero_()
 
 
 def main() -> None:

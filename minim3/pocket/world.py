@@ -12,7 +12,7 @@ What makes a picture unambiguous, for a person as for a model:
     more apart in RGB (black and white: 442).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -38,6 +38,7 @@ COLOURS = {
     "pink": (250, 125, 185),
 }
 COLOUR_JITTER = 9
+NAMELESS_DISTANCE = 90.0  # in RGB, from a colour without a name to the named ones
 SIZES = {"small": (14, 16), "medium": (24, 26), "large": (36, 38)}  # even numbers of pixels
 SIZE_WEIGHTS = (0.4, 0.35, 0.25)
 # (colour, shape) pairs that no training picture and no training question contains.
@@ -49,15 +50,19 @@ PairSet = Literal["trained", "all", "held_out"]
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One object: names of its attributes, and its box in pixels (`left`, `top`, `diameter` on each side)."""
+    """One object: names of its attributes, and its box in pixels (`left`, `top`, `diameter` on each side).
 
-    colour: str
-    shape: str
+    `colour` or `shape` is None where it has no name: any other colour, or the irregular polygon of seed `outline`.
+    """
+
+    colour: str | None
+    shape: str | None
     size: str
     left: int
     top: int
     diameter: int
     rgb: tuple[int, int, int]
+    outline: int = 0
 
     @property
     def x(self) -> float:
@@ -70,7 +75,7 @@ class SceneObject:
         return self.top + self.diameter / 2
 
     @property
-    def pair(self) -> tuple[str, str]:
+    def pair(self) -> tuple[str | None, str | None]:
         return self.colour, self.shape
 
 
@@ -94,11 +99,19 @@ class Scene:
     background: Background
 
 
-def random_scene(rng: np.random.Generator, *, num_objects: int | None = None, pairs: PairSet = "trained") -> Scene:
+def random_scene(
+    rng: np.random.Generator,
+    *,
+    num_objects: int | None = None,
+    pairs: PairSet = "trained",
+    nameless_fraction: float = 0.0,
+) -> Scene:
     """Draws a scene.
 
     `pairs` says which colour-shape pairs may occur: "trained" leaves HELD_OUT_PAIRS out, "all" allows every pair,
-    "held_out" makes sure that one object is a held-out pair and all others are trained ones.
+    "held_out" makes sure that one object is a held-out pair and all others are trained ones. That share of the objects
+    has a colour or a shape without a name: who sees them learns to tell a colour on any shape, and a shape in any
+    colour, instead of the pairs that occur.
     """
     if num_objects is not None and not 1 <= num_objects <= MAX_OBJECTS:
         raise ValueError(f"num_objects is {num_objects}; a scene holds 1 to {MAX_OBJECTS} objects")
@@ -114,7 +127,13 @@ def random_scene(rng: np.random.Generator, *, num_objects: int | None = None, pa
     objects = []
     for (colour, shape), size, box, shift in zip(looks, sizes, boxes, jitter.tolist()):
         red, green, blue = (min(255, max(0, base + delta)) for base, delta in zip(COLOURS[colour], shift))
-        objects.append(SceneObject(colour, shape, names[size], *box, (red, green, blue)))
+        item = SceneObject(colour, shape, names[size], *box, (red, green, blue))
+        if nameless_fraction and rng.random() < nameless_fraction:
+            if rng.random() < 0.5:
+                item = replace(item, colour=None, rgb=_nameless_colour(rng))
+            else:
+                item = replace(item, shape=None, outline=int(rng.integers(2**31)))
+        objects.append(item)
     background = _random_background(rng)
     while _contrast(background, objects) < MIN_CONTRAST:
         background = _random_background(rng)
@@ -142,6 +161,15 @@ def _random_pairs(rng: np.random.Generator, count: int, pairs: PairSet) -> list[
         if pairs == "all" or pair not in HELD_OUT_PAIRS:
             chosen.append(pair)
     return chosen
+
+
+def _nameless_colour(rng: np.random.Generator) -> tuple[int, int, int]:
+    """As saturated as the named ones, and far from each: a held-out pair must not come in by the back door."""
+    named = np.array(list(COLOURS.values()))
+    while True:
+        rgb = rng.integers(0, 256, size=3)
+        if rgb.min() <= 90 and rgb.max() >= 180 and np.linalg.norm(named - rgb, axis=1).min() >= NAMELESS_DISTANCE:
+            return int(rgb[0]), int(rgb[1]), int(rgb[2])
 
 
 def _place(rng: np.random.Generator, sizes: np.ndarray) -> list[tuple[int, int, int]] | None:
@@ -204,7 +232,7 @@ def draw(scene: Scene) -> np.ndarray:
     """The picture: uint8 [112, 112, 3], RGB, edges smoothed."""
     picture = Image.fromarray(_draw_background(scene.background))
     for item in scene.objects:
-        picture.paste(item.rgb, (item.left, item.top), _mask(item.shape, item.diameter))
+        picture.paste(item.rgb, (item.left, item.top), _mask(item.shape, item.diameter, item.outline))
     return np.array(picture)
 
 
@@ -234,7 +262,7 @@ def _draw_background(background: Background) -> np.ndarray:
 
 
 @lru_cache(maxsize=256)
-def _mask(shape: str, diameter: int) -> Image.Image:
+def _mask(shape: str | None, diameter: int, outline: int = 0) -> Image.Image:
     """Coverage of each pixel of the box (mode "L"), drawn 8 times larger and averaged."""
     scale = 8
     side = diameter * scale
@@ -262,6 +290,18 @@ def _mask(shape: str, diameter: int) -> Image.Image:
             radii = np.where(np.arange(10) % 2 == 0, 1.0, 0.42) * side * 0.525
             points = np.stack([side / 2 + radii * np.cos(angles), side * 0.54 + radii * np.sin(angles)], axis=1)
             pen.polygon([(float(x), float(y)) for x, y in points], fill=255)
+        case None:
+            pen.polygon([(float(x), float(y)) for x, y in (side - 1) * _irregular_polygon(outline)], fill=255)
         case _:
             raise ValueError(f"shape {shape!r} is none of {SHAPES}")
     return mask.reduce(scale)
+
+
+def _irregular_polygon(seed: int) -> np.ndarray:
+    """Corners `[N, 2]` of a shape without a name, which just fills the unit square."""
+    rng = np.random.default_rng(seed)
+    num_corners = int(rng.integers(5, 10))
+    angles = 2 * np.pi * (np.arange(num_corners) + rng.uniform(-0.35, 0.35, num_corners)) / num_corners
+    points = rng.uniform(0.35, 1.0, (num_corners, 1)) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    low, high = points.min(axis=0), points.max(axis=0)
+    return (points - low) / (high - low)
