@@ -64,30 +64,94 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
-class SourceRecipe:
-    """A data source `package.module:attribute`, called with `options`; `weight` is its share of the drawn groups."""
+class FieldNames:
+    """What the fields of a record are called; `role` and `content` are those of each message."""
 
-    name: str
+    messages: str = "messages"
+    text: str = "text"
+    images: str = "images"
+    videos: str = "videos"
+    tools: str = "tools"
+    thinking_mode: str = "thinking_mode"
+    kind: str = "kind"
+    role: str = "role"
+    content: str = "content"
+
+
+@dataclass(frozen=True)
+class SourceRecipe:
+    """Where records come from: one of `name`, `files` and `dataset`; `weight` is their share of the draws.
+
+    name: an endless numbered source `package.module:attribute`, called with `seed` and `options`.
+    files: .jsonl or .parquet files (paths or glob patterns, of one kind).
+    dataset: a hub id or a folder for the library `datasets`, with `subset`, `split` and `revision`. `streaming` reads
+        it in its own order without an index, shuffled inside windows of `shuffle_window` records.
+
+    Records are read without replacement, in another order every epoch unless `shuffle` is off. The share `held_out` of
+    them is kept from training, for evaluation. `roles` renames roles (`{human: user, gpt: assistant}`); `kind` names
+    the records in logs where they do not name themselves.
+    """
+
+    name: str | None = None
     weight: float = 1.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    files: tuple[str, ...] = ()
+    dataset: str | None = None
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    shuffle: bool = True
+    shuffle_window: int = 1000
+    held_out: float = 0.0
+    loss_on: Literal["assistant", "all"] = "assistant"
+    fields: FieldNames = field(default_factory=FieldNames)
+    roles: Mapping[str, Any] = field(default_factory=dict)
+    kind: str = ""
 
     def __post_init__(self) -> None:
+        given = [key for key in ("name", "files", "dataset") if getattr(self, key)]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"a source needs exactly one of `name`, `files` and `dataset`, has {found}")
         if not self.weight > 0:
-            raise ValueError(f"source {self.name!r}: weight must be positive, not {self.weight}")
+            raise ValueError(f"source {self.label!r}: weight must be positive, not {self.weight}")
+        if self.options and self.name is None:
+            raise ValueError(f"source {self.label!r}: options are for sources with a `name`")
+        if self.streaming and self.dataset is None:
+            raise ValueError(f"source {self.label!r}: streaming is for `dataset`; files are never read whole anyway")
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"source {self.label!r}: held_out must lie in [0, 1), not {self.held_out}")
+        if self.held_out and (self.streaming or self.name is not None):
+            raise ValueError(f"source {self.label!r}: held_out needs files or a dataset that is not streamed")
+        _require_positive(f"source {self.label!r}", self, ("shuffle_window",))
+
+    @property
+    def label(self) -> str:
+        """How logs and errors call the source."""
+        return self.name or self.dataset or ", ".join(self.files)
 
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Where documents come from and how they are packed. `processor` is `package.module:attribute` or a folder."""
+    """Where documents come from and how they are packed. `processor` is `package.module:attribute` or a folder.
+
+    num_workers: processes that read and encode; 0: the training process does it itself, between steps.
+    max_bad_records: so many unusable records are reported and skipped; one more ends the run.
+    """
 
     processor: str
     sources: tuple[SourceRecipe, ...]
     tokens_per_batch: int = 8192
     num_workers: int = 1
     prefetch_batches: int = 4
+    max_bad_records: int = 10
 
     def __post_init__(self) -> None:
-        _require_positive("data", self, ("tokens_per_batch", "num_workers", "prefetch_batches"))
+        _require_positive("data", self, ("tokens_per_batch", "prefetch_batches"))
+        for key in ("num_workers", "max_bad_records"):
+            if getattr(self, key) < 0:
+                raise ValueError(f"data.{key} must not be negative, is {getattr(self, key)}")
         if not self.sources:
             raise ValueError("data.sources is empty: a recipe needs at least one source")
 
@@ -210,6 +274,24 @@ class CheckpointRecipe:
 
 
 @dataclass(frozen=True)
+class SpikeRecipe:
+    """Steps that are skipped: no weight moves where a loss or the gradient norm is not finite, or jumps.
+
+    factor: a jump is more than this many times the largest value of the last `window` steps that were not skipped;
+    0 skips only what is not finite. max_in_row: after so many skipped steps one after the other the run fails.
+    """
+
+    factor: float = 10.0
+    window: int = 100
+    max_in_row: int = 5
+
+    def __post_init__(self) -> None:
+        _require_positive("spikes", self, ("window", "max_in_row"))
+        if self.factor != 0 and self.factor <= 1:
+            raise ValueError(f"spikes.factor must be above 1 (or 0: no jump is too high), is {self.factor}")
+
+
+@dataclass(frozen=True)
 class EvaluationRecipe:
     """Share of held-out documents whose every target token is the model's first choice, every so many steps.
 
@@ -231,7 +313,12 @@ class ExportRecipe:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One training run, whole."""
+    """One training run, whole.
+
+    batches_per_step: batches whose gradients are accumulated into one step, as if they were one. tensorboard: write the
+    log for TensorBoard too. peak_flops: floating-point operations the machine can do in a second, which the log gives
+    the share of; None measures them at the start.
+    """
 
     output: str
     steps: int
@@ -240,16 +327,22 @@ class TrainingConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
+    batches_per_step: int = 1
     log_every_steps: int = 10
+    tensorboard: bool = False
+    peak_flops: float | None = None
     loss: LossRecipe = field(default_factory=LossRecipe)
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+    spikes: SpikeRecipe = field(default_factory=SpikeRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     export: ExportRecipe = field(default_factory=ExportRecipe)
 
     def __post_init__(self) -> None:
-        _require_positive("", self, ("steps", "log_every_steps"))
+        _require_positive("", self, ("steps", "batches_per_step", "log_every_steps"))
+        if self.peak_flops is not None and self.peak_flops <= 0:
+            raise ValueError(f"peak_flops must be positive, is {self.peak_flops}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, is {self.seed}")
 
