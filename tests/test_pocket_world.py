@@ -420,7 +420,7 @@ def test_nothing_is_asked_of_what_has_no_name(seed: int) -> None:
     """An answer "None", or "how many objects" for "how many of these", would be learnt as the truth."""
     rng = np.random.default_rng(seed)
     scene = random_scene(rng, nameless_fraction=0.6)
-    asked = [ask(scene, kind, rng) for kind in KINDS]
+    asked = [questions.ask(scene, kind, rng) for kind in KINDS]
     texts = [f"{question.text} {question.answer}" for question in asked if question]
     texts.append(questions.describe(scene, rng).answer)
     assert not any("None" in text or "  " in text for text in texts), texts
