@@ -93,8 +93,9 @@ def test_chunked_cross_entropy_has_the_values_and_gradients_of_the_plain_one() -
     plain = F.cross_entropy(hidden @ weight.T, targets)
     expected = torch.autograd.grad(3 * plain, (hidden, weight))
     for chunk in (1, 4, 11, 100):
-        loss, correct = ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)
+        loss, cross_entropy, _, correct = ChunkedCrossEntropy.apply(hidden, weight, targets, chunk)
         torch.testing.assert_close(loss, plain)
+        torch.testing.assert_close(cross_entropy, plain)
         torch.testing.assert_close(torch.autograd.grad(3 * loss, (hidden, weight)), expected)
         assert torch.equal(correct, (hidden @ weight.T).argmax(-1) == targets)
     assert torch.autograd.gradcheck(lambda h, w: ChunkedCrossEntropy.apply(h, w, targets, 4)[0], (hidden, weight))
@@ -102,11 +103,42 @@ def test_chunked_cross_entropy_has_the_values_and_gradients_of_the_plain_one() -
 
 def test_chunked_cross_entropy_of_no_targets_is_zero() -> None:
     hidden, weight = torch.zeros(0, 6, requires_grad=True), torch.ones(9, 6, requires_grad=True)
-    loss, _ = ChunkedCrossEntropy.apply(hidden, weight, torch.zeros(0, dtype=torch.int64), 4)
+    loss, *_ = ChunkedCrossEntropy.apply(hidden, weight, torch.zeros(0, dtype=torch.int64), 4, 0.1)
     loss.backward()
     assert loss == 0
     assert weight.grad is not None
     assert not weight.grad.any()
+
+
+def test_the_z_loss_has_the_value_and_gradients_of_the_plain_one() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(11, 6, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(9, 6, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(9, (11,))
+    logits = hidden @ weight.T
+    z_loss = logits.logsumexp(-1).square().mean()
+    expected = torch.autograd.grad(3 * (F.cross_entropy(logits, targets) + 0.2 * z_loss), (hidden, weight))
+    loss, cross_entropy, mean_square, _ = ChunkedCrossEntropy.apply(hidden, weight, targets, 4, 0.2)
+    torch.testing.assert_close(torch.autograd.grad(3 * loss, (hidden, weight)), expected)
+    torch.testing.assert_close(cross_entropy, F.cross_entropy(logits, targets))
+    torch.testing.assert_close(mean_square, z_loss)
+    assert torch.autograd.gradcheck(
+        lambda h, w: ChunkedCrossEntropy.apply(h, w, targets, 4, 0.2)[0], (hidden, weight)
+    )
+
+
+def test_a_bf16_cross_entropy_sums_the_gradient_of_an_fp32_head_in_fp32() -> None:
+    """A thousand small chunks added up in bf16 stop counting."""
+    torch.manual_seed(0)
+    hidden = torch.randn(512, 8).bfloat16()
+    weight = torch.randn(5, 8, requires_grad=True)
+    targets = torch.randint(5, (512,))
+    plain = F.cross_entropy(hidden.float() @ weight.bfloat16().float().T, targets)
+    (expected,) = torch.autograd.grad(plain, weight)
+    loss, *_ = ChunkedCrossEntropy.apply(hidden, weight, targets, 2)
+    (found,) = torch.autograd.grad(loss, weight)
+    assert found.dtype == torch.float32
+    assert float((found - expected).abs().max()) < 0.01 * float(expected.abs().max())
 
 
 def test_every_loss_equals_its_straightforward_computation(model: Any, batch: Batch) -> None:

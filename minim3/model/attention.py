@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from minim3 import kernels
 from minim3.config import MiniMaxM3VLTextConfig
 from minim3.kernels.reference import build_block_sparse_attn_bias
-from minim3.model.batch import ForwardBatch, ForwardRecord, LayerPages
+from minim3.model.batch import ForwardBatch, ForwardRecord, LayerChoices, LayerPages
 from minim3.model.layers import (
     MiniMaxM3RMSNorm,
     PackedLinears,
@@ -24,6 +24,7 @@ from minim3.model.layers import (
     pack_linears,
 )
 from minim3.model.padding import run_packed
+from minim3.model.recall import selection_recall
 
 
 class MiniMaxM3Indexer(nn.Module):
@@ -119,6 +120,7 @@ class MiniMaxM3Attention(nn.Module):
         batch: ForwardBatch | None = None,
         pages: LayerPages | None = None,
         record: ForwardRecord | None = None,
+        choices: LayerChoices | None = None,
     ) -> Tensor:
         """Packed `x` `[T, H]` with its `batch`, or padded `[B, S, H]` with masks; `freqs_cis` has its leading shape."""
         if batch is None:
@@ -128,9 +130,12 @@ class MiniMaxM3Attention(nn.Module):
             )  # fmt: skip
         indexer = self.indexer
         wants_kl = indexer is not None and record is not None and record.indexer_kl is not None
+        wants_recall = indexer is not None and record is not None and record.recall is not None
         wants_blocks = indexer is not None and record is not None and record.block_indices is not None
+        wants_blocks = wants_blocks or wants_recall
         # Up to top-k blocks of context the choice is "all of them": the answer is dense attention's, at dense cost.
         chooses = indexer is not None and batch.max_length_k > indexer.topk_blocks * indexer.block_size
+        chooses = chooses and not batch.attend_all
         wants_index = chooses or wants_kl or wants_blocks or (indexer is not None and pages is not None)
         q, k, v, index_q, index_k = self._project(x, freqs_cis, batch, wants_index, train_indexer=wants_kl)
 
@@ -168,8 +173,12 @@ class MiniMaxM3Attention(nn.Module):
                 assert indexer is not None
                 assert index_q is not None
                 assert index_k is not None
-                with torch.no_grad():
-                    block_indices = kernels.select_blocks(index_q, index_k.squeeze(1), *spans, **indexer.selection)
+                block_indices = None if choices is None else choices.block_indices
+                if block_indices is None:
+                    with torch.no_grad():
+                        block_indices = kernels.select_blocks(index_q, index_k.squeeze(1), *spans, **indexer.selection)
+                if choices is not None:
+                    choices.block_indices = block_indices
             if wants_kl:
                 assert indexer is not None
                 assert record is not None
@@ -190,9 +199,15 @@ class MiniMaxM3Attention(nn.Module):
                 )
             else:
                 out, _ = kernels.varlen_attention(q, k, v, *spans, implementation=self.backend)
-        if wants_blocks:
-            assert record is not None
-            assert record.block_indices is not None
+            if wants_recall:
+                assert indexer is not None
+                assert record is not None
+                assert record.recall is not None
+                assert block_indices is not None
+                record.recall.append(
+                    selection_recall(q, k, block_indices, batch, indexer.block_size, record.recall_queries)
+                )
+        if record is not None and record.block_indices is not None and indexer is not None:
             assert block_indices is not None
             record.block_indices.append(block_indices)
         return self.o_proj(out.flatten(-2))

@@ -95,12 +95,14 @@ class ForwardBatch:
     positions: int64 `[T]`, rotary positions of the new tokens.
     lengths_q: new tokens of each sequence, all positive. lengths_k: its tokens in all, the past included.
     Without `pages` there is no past: `lengths_k == lengths_q`.
+    attend_all: layers with an indexer attend to every visible key too, as while an indexer is warmed up.
     """
 
     positions: Tensor
     lengths_q: tuple[int, ...]
     lengths_k: tuple[int, ...]
     pages: PagedContext | None = None
+    attend_all: bool = False
     _rotary: dict[int, tuple[Tensor, RotaryFactors]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -109,10 +111,16 @@ class ForwardBatch:
         assert len(self.lengths_q) == len(self.lengths_k)
         assert all(0 < q <= k for q, k in zip(self.lengths_q, self.lengths_k)), (self.lengths_q, self.lengths_k)
         assert self.pages is not None or self.lengths_q == self.lengths_k
+        assert self.pages is None or not self.attend_all
 
     @classmethod
     def packed(
-        cls, lengths: Sequence[int], device: torch.device | str = "cpu", positions: Tensor | None = None
+        cls,
+        lengths: Sequence[int],
+        device: torch.device | str = "cpu",
+        positions: Tensor | None = None,
+        *,
+        attend_all: bool = False,
     ) -> "ForwardBatch":
         """Whole sequences without a past, positions 0..length-1 in each unless given."""
         lengths = tuple(int(length) for length in lengths)
@@ -123,7 +131,7 @@ class ForwardBatch:
                 ends = torch.tensor(lengths).cumsum(0)
                 starts = torch.repeat_interleave(ends - torch.tensor(lengths), torch.tensor(lengths))
                 positions = (torch.arange(int(ends[-1])) - starts).to(device)
-        return cls(positions, lengths, lengths)
+        return cls(positions, lengths, lengths, attend_all=attend_all)
 
     @property
     def num_tokens(self) -> int:
@@ -166,6 +174,18 @@ class ForwardBatch:
 
 
 @dataclass
+class LayerChoices:
+    """What a layer decided without a gradient, so that computing it again decides the same.
+
+    block_indices: int32 `[T, index_heads, top_k]`, the key blocks of every query. expert_ids: int64 `[T, top_k]`.
+    A layer fills in what is None and follows what is not.
+    """
+
+    block_indices: Tensor | None = None
+    expert_ids: Tensor | None = None
+
+
+@dataclass
 class ForwardRecord:
     """What the caller wants kept from a forward pass: each list that is not None is appended to, a layer at a time.
 
@@ -173,6 +193,9 @@ class ForwardRecord:
     router_logits: fp32 `[T, experts]` a MoE layer. expert_ids: int64 `[T, top_k]` a MoE layer.
     indexer_kl: a scalar a sparse layer, the alignment loss of its indexer (asking for it makes the indexer trainable).
     block_indices: int32 `[T, index_heads, top_k]` a sparse layer.
+    recall: a scalar a sparse layer, the share of dense attention inside the chosen blocks (`model/recall.py`), over at
+    most `recall_queries` queries of those that have a choice; the batch must hold one.
+    choices: by `Block.cache_index`, the decisions of every layer. A layer that finds its own follows them.
     """
 
     hidden_states: list[Tensor] | None = None
@@ -180,4 +203,11 @@ class ForwardRecord:
     expert_ids: list[Tensor] | None = None
     indexer_kl: list[Tensor] | None = None
     block_indices: list[Tensor] | None = None
+    recall: list[Tensor] | None = None
+    recall_queries: int = 64
+    choices: dict[int, LayerChoices] | None = None
+
+    def choices_of(self, cache_index: int) -> LayerChoices | None:
+        """The decisions of one layer, empty at first; None where they are not kept."""
+        return None if self.choices is None else self.choices.setdefault(cache_index, LayerChoices())
 

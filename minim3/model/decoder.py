@@ -66,11 +66,12 @@ class Block(nn.Module):
                 x, freqs_cis, attention_mask, padding_mask,
             )  # fmt: skip
         pages = None if batch.pages is None else batch.pages.layers[self.cache_index]
+        choices = None if record is None else record.choices_of(self.cache_index)
         x = x + self.self_attn(
-            self.input_layernorm(x), freqs_cis=freqs_cis, batch=batch, pages=pages, record=record
+            self.input_layernorm(x), freqs_cis=freqs_cis, batch=batch, pages=pages, record=record, choices=choices
         )
         normed = self.post_attention_layernorm(x)
-        return x + (self.block_sparse_moe(normed, record) if self.is_moe_layer else self.mlp(normed))
+        return x + (self.block_sparse_moe(normed, record, choices) if self.is_moe_layer else self.mlp(normed))
 
 
 class MiniMaxM3TextModel(nn.Module):

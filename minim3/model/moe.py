@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from minim3 import kernels
 from minim3.config import MiniMaxM3VLTextConfig
-from minim3.model.batch import ForwardRecord
+from minim3.model.batch import ForwardRecord, LayerChoices
 from minim3.model.layers import MiniMaxM3MLP, at_least_fp32
 
 
@@ -134,19 +134,27 @@ class MiniMaxM3MoE(nn.Module):
             self.e_score_correction_bias = _undo_below_fp32(before, self.e_score_correction_bias)
         return self
 
-    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """fp32 logits `[T, experts]` -> the chosen experts, int64 `[T, top_k]`, and their fp32 weights."""
+    def route(self, logits: Tensor, expert_ids: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """fp32 logits `[T, experts]` -> the chosen experts, int64 `[T, top_k]`, and their fp32 weights.
+
+        expert_ids: a choice made before, which is followed.
+        """
         scores = logits.sigmoid() if self.scoring_func == "sigmoid" else logits.softmax(-1)
-        choice = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
-        expert_ids = choice.detach().topk(self.num_experts_per_tok, dim=-1, sorted=False).indices
+        if expert_ids is None:
+            choice = scores if self.e_score_correction_bias is None else scores + self.e_score_correction_bias
+            expert_ids = choice.detach().topk(self.num_experts_per_tok, dim=-1, sorted=False).indices
         weights = scores.gather(-1, expert_ids)
         return expert_ids, weights / weights.sum(-1, keepdim=True) * self.routed_scaling_factor
 
-    def forward(self, x: Tensor, record: ForwardRecord | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, record: ForwardRecord | None = None, choices: LayerChoices | None = None
+    ) -> Tensor:
         """`[..., H]` -> the same shape."""
         flat = x.flatten(0, -2)
         logits = self.gate(flat)
-        expert_ids, weights = self.route(logits)
+        expert_ids, weights = self.route(logits, None if choices is None else choices.expert_ids)
+        if choices is not None:
+            choices.expert_ids = expert_ids
         if record is not None and record.router_logits is not None:
             record.router_logits.append(logits)
         if record is not None and record.expert_ids is not None:

@@ -57,5 +57,5 @@ def load_balancing_loss(router_logits: list[Tensor], num_experts: int, top_k: in
     """`experts * sum_e share of assignments_e * mean probability_e`, over all layers (arXiv 2101.03961, eq. 4 to 6)."""
     probabilities = torch.cat(router_logits).softmax(-1)
     chosen = probabilities.topk(top_k, dim=-1).indices.flatten()
-    load = torch.bincount(chosen, minlength=num_experts) / probabilities.shape[0]
+    load = torch.bincount(chosen, minlength=num_experts).to(probabilities.dtype) / probabilities.shape[0]
     return num_experts * (load * probabilities.mean(0)).sum()
