@@ -75,14 +75,16 @@ class VisionLanguage(nn.Module):
         pixel_values_videos: Tensor | None = None,
         video_grid_thw: Tensor | None = None,
         image_order: Tensor | None = None,
+        video_order: Tensor | None = None,
     ) -> Tensor:
         """Packed ids `[T]` and their media -> embeddings `[T, H]`.
 
         image_order: int64 `[uses]`, the row of `image_grid_thw` that each successive picture of the ids shows, so that
-        several documents may share one picture; by default each row is used once, in order.
+        several documents may share one picture; by default each row is used once, in order. video_order: the same for
+        the rows of `video_grid_thw`, the chunks of clips.
         """
         return self._embed(
-            input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, image_order
+            input_ids, pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw, image_order, video_order
         )[0]
 
     def _embed(
@@ -93,6 +95,7 @@ class VisionLanguage(nn.Module):
         pixel_values_videos: Tensor | None,
         video_grid_thw: Tensor | None,
         image_order: Tensor | None = None,
+        video_order: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Embeddings `[T, H]`, picture features and video features."""
         for what, pixels, grid in (
@@ -107,17 +110,22 @@ class VisionLanguage(nn.Module):
         if pixel_values is not None:
             assert image_grid_thw is not None
             images = self.get_image_features(pixel_values, image_grid_thw)
-            if image_order is not None:
-                assert self.config.vision_config is not None
-                merge = self.config.vision_config.spatial_merge_size**2
-                sizes = (torch.as_tensor(image_grid_thw).prod(-1) // merge).tolist()
-                rows = images.split(sizes)
-                images = torch.cat([rows[i] for i in image_order.tolist()])
+            images = self._in_order(images, image_grid_thw, image_order)
         embeds = splice_features(embeds, input_ids, self.config.image_token_index, images, "image")
         if pixel_values_videos is not None:
             assert video_grid_thw is not None
             videos = self.get_video_features(pixel_values_videos, video_grid_thw)
+            videos = self._in_order(videos, video_grid_thw, video_order)
         return splice_features(embeds, input_ids, self.config.video_token_index, videos, "video"), images, videos
+
+    def _in_order(self, features: Tensor, grid: Tensor, order: Tensor | None) -> Tensor:
+        """The features `[tokens, H]` of the grid rows that `order` lists; None: of every row, in order."""
+        if order is None:
+            return features
+        assert self.config.vision_config is not None
+        merge = self.config.vision_config.spatial_merge_size**2
+        rows = features.split((torch.as_tensor(grid).prod(-1) // merge).tolist())
+        return torch.cat([rows[row] for row in order.tolist()])
 
 
 def splice_features(
