@@ -139,7 +139,7 @@ def test_documents_accumulated_one_by_one_give_the_gradients_of_the_packed_batch
 ) -> None:
     from test_training_loss import documents
 
-    recipe = LossRecipe(mtp_weight=0.3, indexer_kl_weight=0.5, z_weight=0.1, indexer_kl_form=form)
+    recipe = LossRecipe(mtp_weight=0.3, indexer_kl_weight=0.5, z_weight=0.1, indexer_kl_form=form, recall_every_steps=0)
     packed = compute_losses(model, batch, recipe)
     together = gradients(model, packed.total)
     alone = documents(batch)
@@ -223,8 +223,8 @@ def test_recall_is_the_share_of_dense_attention_inside_the_chosen_blocks() -> No
     ids = random_ids(sum(lengths))
     plain = Batch(ids, ids.roll(-1), lengths, ("",) * 3)
     recipe = LossRecipe(mtp_weight=0.1, recall_every_steps=1, recall_queries=1000)
-    recall = compute_losses(model, plain, recipe).recall
-    assert list(recall) == ["recall.layer_1", "recall.layer_2", "recall.mtp_0"]
+    recall = compute_losses(model, plain, recipe).parts
+    assert recall.keys() == {"next_token", "mtp", "recall.layer_1", "recall.layer_2", "recall.mtp_0"}
 
     hidden, record = [], ForwardRecord(hidden_states=[], block_indices=[])
     with torch.no_grad():
@@ -248,10 +248,10 @@ def test_recall_is_the_share_of_dense_attention_inside_the_chosen_blocks() -> No
     torch.testing.assert_close(recall["recall.layer_1"], measured.mean())
     assert 0 < float(measured.min()) < 0.9
 
-    few = compute_losses(model, plain, replace(recipe, recall_queries=9)).recall["recall.layer_1"]
+    few = compute_losses(model, plain, replace(recipe, recall_queries=9)).parts["recall.layer_1"]
     assert 0 < float(few) < 1
     short = Batch(ids[:8], ids[1:9], (8,), ("",))
-    assert not compute_losses(model, short, recipe).recall
+    assert compute_losses(model, short, recipe).parts.keys() == {"next_token", "mtp"}
 
 
 def test_recall_is_measured_on_its_steps_only() -> None:

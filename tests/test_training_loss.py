@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minim3.model.batch import ForwardBatch, ForwardRecord
-from minim3.training.config import LossRecipe, OptimRecipe, ScheduleRecipe
+from minim3.training.config import MODEL_PARTS, LossRecipe, OptimRecipe, ScheduleRecipe
 from minim3.training.data import IGNORED, Batch, BatchBuilder
 from minim3.training.loss import ChunkedCrossEntropy, compute_losses, mtp_labels
 from minim3.training.muon import Muon
@@ -23,12 +23,13 @@ from minim3.training.optim import (
     load_imbalance,
     moe_layers,
     parameter_groups,
+    part_of,
     schedule_factor,
     set_learning_rate,
     update_router_bias,
 )
 
-ALL_LOSSES = LossRecipe(mtp_weight=0.3, indexer_kl_weight=0.5, logit_chunk_tokens=7)
+ALL_LOSSES = LossRecipe(mtp_weight=0.3, indexer_kl_weight=0.5, recall_every_steps=0, logit_chunk_tokens=7)
 
 
 @pytest.fixture(autouse=True)
@@ -276,14 +277,14 @@ def test_repeated_bias_updates_balance_a_lopsided_router(model: Any, batch: Batc
 
 
 def test_every_parameter_is_in_one_group_and_only_matrices_decay(model: Any) -> None:
-    recipe = OptimRecipe(weight_decay=0.1, indexer_lr_scale=3.0, vision_lr_scale=0.5)
+    recipe = OptimRecipe(weight_decay=0.1, indexer_lr_scale=3.0, vision_lr_scale=0.5, projector_lr_scale=0.25)
     groups = parameter_groups(model, recipe)
     names = [name for group in groups for name in group["param_names"]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     for group in groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            is_vision = name.startswith(("vision_tower", "multi_modal_projector", "patch_merge_mlp"))
-            scale = 3.0 if "index_" in name else 0.5 if is_vision else 1.0
+            projects = name.startswith(("multi_modal_projector", "patch_merge_mlp"))
+            scale = 3.0 if "index_" in name else 0.5 if name.startswith("vision_tower") else 0.25 if projects else 1.0
             assert group["peak_lr"] == scale * recipe.lr, name
             assert not group["use_muon"]
             exempt = "norm" in name or name.endswith("bias") or "embed_tokens" in name
@@ -328,6 +329,85 @@ def test_a_rate_of_zero_freezes_the_vision_part(model: Any) -> None:
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in model.named_parameters() if name.startswith(VISION)}
     assert not names(parameter_groups(model, recipe)) & frozen
+
+
+def test_projectors_follow_the_tower_unless_they_have_a_rate_of_their_own(model: Any) -> None:
+    def rates(recipe: OptimRecipe) -> set[float]:
+        return {
+            group["peak_lr"]
+            for group in parameter_groups(model, recipe)
+            for name in group["param_names"]
+            if part_of(name) == "projector"
+        }
+
+    assert rates(OptimRecipe(lr=1.0, vision_lr_scale=0.5)) == {0.5}
+    assert rates(OptimRecipe(lr=1.0, vision_lr_scale=0.5, projector_lr_scale=2.0)) == {2.0}
+    freeze_parts(model, OptimRecipe(vision_lr_scale=0.0, projector_lr_scale=1.0))
+    trained = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "projector" in trained
+    assert "vision" not in trained
+
+
+def test_every_parameter_belongs_to_a_part_that_can_be_frozen(model: Any) -> None:
+    found = {part_of(name) for name, _ in model.named_parameters()}
+    assert found == set(MODEL_PARTS)
+    examples = {
+        "language_model.model.layers.1.block_sparse_moe.gate.weight": "router",
+        "language_model.model.layers.1.block_sparse_moe.shared_experts.gate_proj.weight": "mlp",
+        "language_model.model.layers.1.block_sparse_moe.experts.w13": "experts",
+        "language_model.model.layers.1.self_attn.indexer.index_k_norm.weight": "indexer",
+        "language_model.model.layers.0.self_attn.q_norm.weight": "norms",
+        "language_model.model.layers.0.mlp.gate_proj.weight": "mlp",
+        "language_model.model.mtp.layers.0.transformer_layer.self_attn.indexer.index_k_proj.weight": "mtp",
+        "language_model.model.norm.weight": "norms",
+        "language_model.lm_head.weight": "head",
+        "vision_tower.vision_model.encoder.layers.0.layer_norm1.weight": "vision",
+        "patch_merge_mlp.linear_1.bias": "projector",
+    }
+    for name, part in examples.items():
+        assert model.get_parameter(name) is not None
+        assert part_of(name) == part, name
+
+
+@pytest.mark.parametrize("trained", [("mtp",), ("indexer",), ("vision", "projector"), ("experts", "router")])
+def test_a_step_changes_the_parts_that_are_not_frozen_and_no_bit_of_the_others(
+    model: Any, batch: Batch, trained: tuple[str, ...]
+) -> None:
+    """Weight decay, momentum or the balance of a frozen router would move them without a gradient."""
+    recipe = OptimRecipe(
+        kind="muon", lr=0.1, weight_decay=0.5, freeze=tuple(part for part in MODEL_PARTS if part not in trained)
+    )
+    freeze_parts(model, recipe)
+    optimizer, average = build_optimizer(model, recipe), MovingAverage(model, 0.9)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for step in range(2):
+        set_learning_rate(optimizer, 1.0)
+        losses = compute_losses(model, batch, ALL_LOSSES)
+        losses.total.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        update_router_bias(moe_layers(model), losses.expert_ids, 0.01 * (1 + step))
+        average.update(step)
+    after = model.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    parameters = {name for name, _ in model.named_parameters()}
+    assert {part_of(name) for name in moved & parameters} == set(trained)
+    biases = {"mtp": ".mtp.", "router": "model.layers.1."}
+    expected = [name for part, place in biases.items() if part in trained for name in before if place in name]
+    assert moved - parameters == {name for name in expected if "e_score_correction_bias" in name}
+    average.swap()
+    for name, parameter in model.named_parameters():
+        assert name in moved or torch.equal(before[name], parameter), name
+
+
+def test_freezing_names_the_nearest_part_and_refuses_to_freeze_all(model: Any) -> None:
+    with pytest.raises(ValueError, match="unknown part 'expert'; did you mean 'experts'"):
+        OptimRecipe(freeze=("expert",))
+    freeze_parts(model, OptimRecipe(freeze=("text", "mtp")))
+    left = {part_of(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert left == {"vision", "projector", "indexer"}
+    with pytest.raises(ValueError, match="nothing is left to train"):
+        freeze_parts(model, OptimRecipe(freeze=MODEL_PARTS))
 
 
 def test_a_muon_update_is_orthogonal_for_every_matrix_of_a_stack() -> None:
@@ -378,6 +458,20 @@ def test_the_schedule_warms_up_peaks_and_ends_at_its_fraction() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert schedule_factor(60, 110, replace(recipe, kind="linear")) == pytest.approx(0.55)
     assert schedule_factor(60, 110, replace(recipe, kind="constant")) == 1.0
+
+
+def test_wsd_stays_at_the_peak_and_decays_over_its_last_steps() -> None:
+    recipe = ScheduleRecipe("wsd", warmup_steps=10, final_fraction=0.1, decay_steps=20)
+    rates = [schedule_factor(step, 100, recipe) for step in range(100)]
+    assert rates[0] == 0.1
+    assert set(rates[9:81]) == {1.0}
+    assert rates[90] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert rates[99] == pytest.approx(0.1 + 0.9 / 20)
+    assert rates[80:] == sorted(rates[80:], reverse=True)
+    with pytest.raises(ValueError, match="wsd needs steps to decay in"):
+        ScheduleRecipe("wsd", warmup_steps=10)
+    with pytest.raises(ValueError, match="decay_steps is 5"):
+        ScheduleRecipe("cosine", decay_steps=5)
 
 
 def test_the_moving_average_follows_and_swaps_back() -> None:

@@ -16,7 +16,7 @@ from minim3.training.config import LossRecipe
 from minim3.training.data import IGNORED, Batch
 
 # Fields of a batch that `embed_packed` of a vision-language model takes under the same names.
-MEDIA = ("pixel_values", "image_grid_thw", "image_order", "pixel_values_videos", "video_grid_thw")
+MEDIA = ("pixel_values", "image_grid_thw", "image_order", "pixel_values_videos", "video_grid_thw", "video_order")
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -104,7 +104,7 @@ class LossCounts:
 
 @dataclass
 class Losses:
-    """What one forward pass gives the trainer. `parts` holds every loss unweighted, for the log.
+    """What one forward pass gives the trainer. `parts` holds every loss unweighted, and what was measured, for the log.
 
     With a z-loss, next_token and z_loss carry no gradient of their own: `total` has that of both.
     """
@@ -114,7 +114,6 @@ class Losses:
     correct: Tensor  # bool [n]: the target is the model's first choice
     draft_correct: Tensor | None = None  # the same for the first MTP depth, [fewer than n]
     expert_ids: list[Tensor] = field(default_factory=list)  # int64 [T, top_k] of every MoE layer, MTP's last
-    recall: dict[str, Tensor] = field(default_factory=dict)  # see `compute_losses`; a mean of its own, never a share
 
     @property
     def token_accuracy(self) -> Tensor:
@@ -149,7 +148,7 @@ def compute_losses(
     indexer_kl: sum over sparse layers of the mean over tokens and index heads; it reaches index parameters only.
     router_aux: load balance over the experts of all layers, of this batch by itself (`load_balancing_loss`).
 
-    Beside the losses, `recall` (recall.layer_N, recall.mtp_D): the share of attention that the choice of blocks keeps,
+    recall.layer_N, recall.mtp_D are no losses and never shares: how much of dense attention the choice of blocks keeps,
     measured where a document is long enough to have a choice.
 
     whole: the counts of all batches whose gradients are accumulated into one step. Every loss is then this batch's
@@ -208,12 +207,10 @@ def compute_losses(
         balance = load_balancing_loss(record.router_logits, config.num_local_experts, config.num_experts_per_tok)
         parts["router_aux"] = balance * of_batch
         total = total + recipe.router_aux_weight * parts["router_aux"]
-    recall = {}
     if record.recall is not None:
-        names = _names_of_sparse_layers(model, mtp_ran=bool(recipe.mtp_weight))
-        recall = dict(zip(names, record.recall, strict=True))
+        parts |= zip(_names_of_sparse_layers(model, mtp_ran=bool(recipe.mtp_weight)), record.recall, strict=True)
     assert record.expert_ids is not None
-    return Losses(total, parts, of_tokens.correct, draft_correct, record.expert_ids, recall)
+    return Losses(total, parts, of_tokens.correct, draft_correct, record.expert_ids)
 
 
 def mtp_labels(batch: Batch, num_depths: int) -> list[Tensor]:

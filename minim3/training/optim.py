@@ -8,24 +8,66 @@ import torch
 from torch import Tensor, nn
 
 from minim3.model.moe import MiniMaxM3MoE
-from minim3.training.config import OptimRecipe, ScheduleRecipe
+from minim3.training.config import TEXT_PARTS, OptimRecipe, ScheduleRecipe
 from minim3.training.muon import Muon
 
-INDEXER, VISION = ".indexer.", ("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
+TOWER, PROJECTORS = "vision_tower.", ("multi_modal_projector.", "patch_merge_mlp.")
+VISION = (TOWER, *PROJECTORS)
 OUTSIDE_LAYERS = ("embed_tokens", "lm_head", "patch_embedding", ".gate.weight")
 HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
 
 
+def part_of(name: str) -> str:
+    """The part (one of `MODEL_PARTS`; "other" in a stranger's model) that a parameter belongs to, by its name.
+
+    Everything of an MTP module is "mtp", its indexer too. Biases and norms of the vision tower are "vision". "mlp" are
+    the dense MLPs and the shared experts, "experts" the routed ones, "router" the gates; "norms" those of the residual
+    stream and of the heads, but not of the indexer.
+    """
+    if name.startswith(TOWER):
+        return "vision"
+    if name.startswith(PROJECTORS):
+        return "projector"
+    places = name.split(".")
+    for place, part in (
+        ("mtp", "mtp"),
+        ("indexer", "indexer"),
+        ("embed_tokens", "embeddings"),
+        ("lm_head", "head"),
+        ("experts", "experts"),
+        ("gate", "router"),
+        ("shared_experts", "mlp"),
+        ("mlp", "mlp"),
+    ):
+        if place in places:
+            return part
+    if places[-2:-1] and places[-2].endswith("norm"):
+        return "norms"
+    return "attention" if "self_attn" in places else "other"
+
+
 def freeze_parts(model: nn.Module, recipe: OptimRecipe) -> None:
-    """Take no gradients where the recipe's rate is 0: no backward pass, no memory for it."""
-    if recipe.vision_lr_scale == 0:
-        for name, parameter in model.named_parameters():
-            if name.startswith(VISION):
-                parameter.requires_grad_(False)
+    """Take no gradients in frozen parts and where the recipe's rate is 0: no backward pass, no memory for it.
+
+    Raises ValueError when nothing is left to train.
+    """
+    frozen = {part for named in recipe.freeze for part in (TEXT_PARTS if named == "text" else (named,))}
+    rates = (("vision", recipe.vision_lr_scale), ("projector", _projector_scale(recipe)))
+    frozen |= {part for part, rate in (*rates, ("indexer", recipe.indexer_lr_scale)) if rate == 0}
+    for name, parameter in model.named_parameters():
+        if part_of(name) in frozen:
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"nothing is left to train: {', '.join(sorted(frozen))} are frozen, and the model has no more")
+
+
+def _projector_scale(recipe: OptimRecipe) -> float:
+    return recipe.vision_lr_scale if recipe.projector_lr_scale is None else recipe.projector_lr_scale
 
 
 def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, Any]]:
-    """Groups by part (indexer, vision, per-head norms, rest), by decay (matrices decay, the rest does not) and by rule.
+    """Groups by rate (indexer, vision tower, projectors, per-head norms, rest), by decay (matrices decay, norms, biases
+    and embeddings do not) and by rule.
 
     Every group carries its name, the names of its parameters, `use_muon` and `peak_lr`, the rate the schedule scales.
     Muon moves matrices that map activations to activations; embeddings, head, router and the first layer of the vision
@@ -34,6 +76,7 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, An
     scales = {
         "indexer": recipe.indexer_lr_scale,
         "vision": recipe.vision_lr_scale,
+        "projector": _projector_scale(recipe),
         "head_norms": recipe.head_norm_lr_scale,
         "text": 1.0,
     }
@@ -41,12 +84,12 @@ def parameter_groups(model: nn.Module, recipe: OptimRecipe) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = "text"
-        if INDEXER in name:
+        part = part_of(name)
+        if "indexer" in name.split("."):  # that of an MTP module too
             part = "indexer"
-        elif name.startswith(VISION):
-            part = "vision"
-        elif name.endswith(HEAD_NORMS):
+        elif part not in ("vision", "projector"):
+            part = "text"
+        if part == "text" and name.endswith(HEAD_NORMS):
             part = "head_norms"
         decays = parameter.ndim >= 2 and "embed_tokens" not in name
         use_muon = recipe.kind == "muon" and parameter.ndim >= 2 and not any(key in name for key in OUTSIDE_LAYERS)
@@ -81,6 +124,9 @@ def schedule_factor(step: int, steps: int, recipe: ScheduleRecipe) -> float:
         return (step + 1) / recipe.warmup_steps
     if recipe.kind == "constant":
         return 1.0
+    if recipe.kind == "wsd":
+        remaining = min(1.0, (steps - step) / recipe.decay_steps)
+        return recipe.final_fraction + (1 - recipe.final_fraction) * remaining
     progress = (step - recipe.warmup_steps) / max(1, steps - recipe.warmup_steps)
     remaining = 1 - progress if recipe.kind == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
     return recipe.final_fraction + (1 - recipe.final_fraction) * remaining
@@ -101,11 +147,12 @@ def moe_layers(model: nn.Module) -> list[MiniMaxM3MoE]:
 def update_router_bias(layers: Iterable[MiniMaxM3MoE], expert_ids: Sequence[Tensor], step: float) -> None:
     """Move the correction bias of every expert by `step`: down if it got more than the mean load, up if less.
 
-    Source: auxiliary-loss-free balancing, arXiv 2408.15664. expert_ids: int64 `[T, top_k]`, one a layer.
+    Source: auxiliary-loss-free balancing, arXiv 2408.15664. expert_ids: int64 `[T, top_k]`, one a layer. The bias of a
+    frozen router stays.
     """
     for layer, chosen in zip(layers, expert_ids, strict=False):  # a pass without MTP records fewer layers
         bias = layer.e_score_correction_bias
-        if bias is not None:
+        if bias is not None and layer.gate.weight.requires_grad:
             load = torch.bincount(chosen.flatten(), minlength=bias.shape[0]).to(bias.dtype)
             bias += step * torch.sign(load.mean() - load)
 
