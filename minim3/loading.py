@@ -19,6 +19,7 @@ def load(
     device: torch.device | str | None = None,
     *,
     quantization: str | Quantization | None = None,
+    adapter: str | Path | None = None,
     require_tokenizer: bool = False,
 ) -> tuple[MiniMaxM3SparseForConditionalGeneration | MiniMaxM3SparseForCausalLM, MiniMaxM3VLProcessor]:
     """Load a checkpoint (a folder or a hub id; None: pocket, the model that ships with minim3) and its processor.
@@ -27,9 +28,11 @@ def load(
     arithmetic is emulated and several times slower. device: None is the CPU. The model is in evaluation mode, of class
     `MiniMaxM3SparseForConditionalGeneration`, or `MiniMaxM3SparseForCausalLM` for a text-only checkpoint.
     quantization: "int8", "int4" or "mxfp8" holds the weights of projections and experts in that format, for inference
-    (docs/weights.md); a `Quantization` chooses more.
+    (docs/weights.md); a `Quantization` chooses more. adapter: a LoRA folder in PEFT's format (or a hub id), merged into
+    the weights as they are read (and before they are quantized).
     Weights without a tokenizer load too, with a processor for media alone, unless `require_tokenizer`.
-    Raises ValueError for a folder that is no whole checkpoint, with what is missing.
+    Raises ValueError for a folder that is no whole checkpoint, with what is missing, and for an adapter that does not
+    fit or belongs to other weights.
     """
     folder = checkpoint.resolve_checkpoint(POCKET if path is None else path)
     device, dtype = torch.device(device or "cpu"), weight_dtype(dtype)
@@ -38,5 +41,7 @@ def load(
     text_only = isinstance(checkpoint.read_config(folder), MiniMaxM3VLTextConfig)
     model_class = MiniMaxM3SparseForCausalLM if text_only else MiniMaxM3SparseForConditionalGeneration
     processor = MiniMaxM3VLProcessor.from_pretrained(folder, require_tokenizer=require_tokenizer)
-    model = model_class.from_pretrained(folder, dtype=dtype, device=device, quantization=quantization)
+    model = model_class.from_pretrained(
+        folder, dtype=dtype, device=device, quantization=quantization, adapter=adapter
+    )
     return model, processor

@@ -2,9 +2,11 @@
 
 Where to look: `names` (which key holds which parameter), `mxfp8` (the quantized format), `reader` (files and index),
 `loader` (into a model), `writer` (out of one), `convert` (from files to files), `folder` (replacing a folder at once),
-`hub` (a name to a folder).
+`hub` (a name to a folder), `adapter` (LoRA in PEFT's format; how modules are named and fused there: `adapter_names`,
+`adapter_fusion`, `adapter_peft`).
 """
 
+from minim3.checkpoint.adapter import Adapter, read_adapter
 from minim3.checkpoint.convert import convert_checkpoint
 from minim3.checkpoint.hub import read_config, read_generation_config, resolve_checkpoint
 from minim3.checkpoint.loader import WeightSink, load_into, mxfp8_parameters
@@ -14,6 +16,7 @@ from minim3.checkpoint.reader import CheckpointReader, has_mtp_tensors, num_mtp_
 from minim3.checkpoint.writer import write_checkpoint
 
 __all__ = [
+    "Adapter",
     "CheckpointReader",
     "Placement",
     "WeightSink",
@@ -25,6 +28,7 @@ __all__ = [
     "mxfp8_parameters",
     "num_mtp_modules_in",
     "quantize_mxfp8",
+    "read_adapter",
     "read_config",
     "read_generation_config",
     "released_keys",

@@ -8,7 +8,7 @@ parent/.name.old-PID    during which the old one stands here, whole; then it is 
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -43,14 +43,14 @@ def check_replaceable(target: Path) -> None:
 
 
 @contextmanager
-def replaced_folder(target: str | Path) -> Iterator[Path]:
+def replaced_folder(target: str | Path, check: Callable[[Path], None] = check_replaceable) -> Iterator[Path]:
     """Yields an empty folder; when the block ends without an error it takes the place of `target`.
 
     Files of `target` that are no weights and that the block did not write (a tokenizer, a README) stay. After an error
-    `target` is as it was.
+    `target` is as it was. check: raises `ValueError` for what must not be replaced.
     """
     target = Path(os.path.realpath(target))
-    check_replaceable(target)
+    check(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     new = target.parent / f".{target.name}.new-{os.getpid()}"
     old = target.parent / f".{target.name}.old-{os.getpid()}"

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from minim3.checkpoint.adapter import Adapter, reader_norms
 from minim3.checkpoint.names import (
     TEXT_PREFIX,
     VISION_PREFIXES,
@@ -189,16 +190,18 @@ def load_into(
     device: torch.device | str = "cpu",
     text_only: bool = False,
     sinks: Mapping[str, WeightSink] | None = None,
+    adapter: Adapter | None = None,
 ) -> list[str]:
     """Fills every parameter and persistent buffer of `model` from a local checkpoint folder or safetensors file.
 
     Parameters on the meta device are allocated on `device` in `dtype` (None: the dtype that the checkpoint stores its
     token embedding in), the router's in at least fp32; parameters that exist are filled in place and keep their dtype.
     `text_only` loads the text part of a vision-language checkpoint (or a text-only one) into a text model. `sinks` take
-    the weights of these names, which are then no parameters of `model`.
+    the weights of these names, which are then no parameters of `model`. `adapter` is merged into each weight as it is
+    read.
 
     Returns the keys that `text_only` skipped. Raises `ValueError` naming every key that is missing, unknown or of the
-    wrong shape, before anything is loaded.
+    wrong shape, before anything is loaded; so does an adapter that does not fit or belongs to other weights.
     """
     sinks = sinks or {}
     targets = find_targets(model)
@@ -207,6 +210,8 @@ def load_into(
     with CheckpointReader(path) as reader:
         plan = plan_loading(reader, targets, text_only)
         plan.check(reader.path)
+        if adapter is not None:
+            check_adapter(adapter, reader, targets, text_only)
         if dtype is None:
             embedding = [key for key in plan.moves if key.endswith("embed_tokens.weight")]
             dtype = reader.dtype(embedding[0] if embedding else next(iter(plan.moves)))
@@ -215,17 +220,19 @@ def load_into(
             for key, moves in plan.in_order_of_parameters() if sinks else plan.moves.items():
                 tensor = None
                 for place, target in moves:
-                    sink = sinks.get(place.name)
-                    if sink is not None and sink.keeps_mxfp8 and reader.is_quantized(key):
-                        _pour(key, sink, place, *reader.read_mxfp8(key))
+                    sink, adapts = sinks.get(place.name), adapter is not None and adapter.adapts(place)
+                    if sink is not None and sink.keeps_mxfp8 and reader.is_quantized(key) and not adapts:
+                        weight, scales = reader.read_mxfp8(key)
+                        _pour(key, sink, place, place.of_key(weight), place.of_key(scales))
                         continue
                     tensor = reader.read(key) if tensor is None else tensor
+                    part = place.of_key(tensor) if adapter is None else adapter.merged(place, place.of_key(tensor))
                     if sink is not None:
-                        _pour(key, sink, place, tensor)
+                        _pour(key, sink, place, part)
                         continue
                     router = is_router(place.name) and dtype != torch.float64
                     target.materialise(torch.float32 if router else dtype, device)
-                    view, part = place.of_parameter(target.tensor), place.of_key(tensor)
+                    view = place.of_parameter(target.tensor)
                     first = filled.setdefault(id(target), place.name)
                     if first != place.name and not torch.equal(view, part.to(view)):
                         raise ValueError(f"{key} differs from {first}, but the model ties the two")
@@ -237,9 +244,23 @@ def load_into(
 
 def _pour(key: str, sink: WeightSink, place: Placement, weight: Tensor, scales: Tensor | None = None) -> None:
     try:
-        sink.put(place, place.of_key(weight), None if scales is None else place.of_key(scales))
+        sink.put(place, weight, scales)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from error
+
+
+def check_adapter(
+    adapter: Adapter, reader: CheckpointReader, targets: Mapping[str, LoadTarget], text_only: bool = False
+) -> None:
+    """Raise `ValueError` for an adapter that does not fit these targets, or belongs to other weights."""
+    shapes = {}
+    for name, target in targets.items():
+        if target.tensor.dim() > 1 and not (len(target.names) > 1 and name.endswith("lm_head.weight")):
+            stack = target.tensor.shape[0] if is_expert_stack(name) else None
+            for key, place in released_keys(name, stack):
+                shapes[key] = tuple(place.of_parameter(target.tensor).shape)
+    adapter.check_shapes(shapes, text_only)
+    adapter.check_base(reader_norms(reader))
 
 
 def mxfp8_parameters(path: str | Path) -> set[str]:

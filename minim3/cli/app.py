@@ -52,6 +52,9 @@ DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the weights; aut
 QuantizationOption = Annotated[
     Quantization | None, typer.Option("--quantization", help="Hold the weights in fewer bits (docs/weights.md).")
 ]
+Adapter = Annotated[
+    str | None, typer.Option("--adapter", metavar="PATH|HUB", help="LoRA folder to merge into the weights.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads.")]
 Seed = Annotated[int | None, typer.Option(min=0, metavar="N", help="Makes random choices repeatable.")]
 System = Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")]
@@ -88,6 +91,7 @@ def generate(
     image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Picture (repeatable).")] = None,
     video: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Video (repeatable).")] = None,
     model: Model = None,
+    adapter: Adapter = None,
     system: System = None,
     thinking: ThinkingOption = Thinking.adaptive,
     max_new_tokens: MaxNewTokens = None,
@@ -117,14 +121,15 @@ def generate(
         max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, greedy, tuple(stop or ()), seed
     )
     run_generate(
-        prompt, image or [], video or [], LoadOptions(model, device, dtype.value, threads, quantization), sampling,
-        system=system, thinking=thinking.value, as_json=json, raw=raw,
+        prompt, image or [], video or [], LoadOptions(model, device, dtype.value, threads, quantization, adapter),
+        sampling, system=system, thinking=thinking.value, as_json=json, raw=raw,
     )  # fmt: skip
 
 
 @app.command()
 def chat(
     model: Model = None,
+    adapter: Adapter = None,
     system: System = None,
     thinking: ThinkingOption = Thinking.adaptive,
     max_new_tokens: MaxNewTokens = None,
@@ -146,7 +151,7 @@ def chat(
     from minim3.cli.session import LoadOptions, SamplingOptions
 
     sampling = SamplingOptions(max_new_tokens, temperature, top_p, top_k, min_p, repetition_penalty, greedy, (), seed)
-    options = LoadOptions(model, device, dtype.value, threads, quantization)
+    options = LoadOptions(model, device, dtype.value, threads, quantization, adapter)
     run_chat(options, sampling, system=system, thinking=thinking.value)
 
 
@@ -179,12 +184,13 @@ def convert(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write.")],
     format: Annotated[Format, typer.Option(help="Of the weights in DST.")] = Format.bf16,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest file, e.g. 5GB, 500MB.")] = "5GB",
+    adapter: Adapter = None,
     version: Version = False,
 ) -> None:
-    """Write a checkpoint in another number format."""
+    """Write a checkpoint in another number format, or with an adapter merged."""
     from minim3.cli.convert import parse_size, run_convert
 
-    run_convert(source, destination, format.value, parse_size(max_shard_size))
+    run_convert(source, destination, format.value, parse_size(max_shard_size), adapter)
 
 
 @app.command()

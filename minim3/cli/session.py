@@ -21,13 +21,14 @@ _SAMPLED_BY = ("temperature", "top_p", "top_k", "min_p")
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """`model` is a folder or hub id; None is pocket."""
+    """`model` is a folder or hub id; None is pocket. `adapter` is merged into its weights."""
 
     model: str | None
     device: str
     dtype: str
     threads: int | None
     quantization: str | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,9 @@ class Session:
         device = choose_device(options.device)
         dtype = None if options.dtype == "auto" else choose_dtype(options.dtype, device, None)
         self.model, self.processor = load(
-            options.model, dtype, device, quantization=options.quantization, require_tokenizer=True
-        )
+            options.model, dtype, device, quantization=options.quantization, adapter=options.adapter,
+            require_tokenizer=True,
+        )  # fmt: skip
         self.model.pack_for_inference()
         self.stop = sampling.stop
         defaults = self.model.generation_config or {}

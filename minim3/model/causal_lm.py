@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from minim3 import checkpoint
 from minim3.config import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, config_from_dict
+from minim3.model.adapter import adapted_modules
 from minim3.model.attention import MiniMaxM3Attention
 from minim3.model.batch import ForwardBatch, ForwardRecord
 from minim3.model.decoder import MiniMaxM3TextModel, check_vocabulary, embed_inputs, initialize
@@ -80,16 +81,20 @@ class CausalLM(nn.Module):
         device: torch.device | str | None = None,
         backend: str | None = None,
         quantization: str | Quantization | None = None,
+        adapter: str | Path | None = None,
     ) -> Self:
         """Load a checkpoint folder or hub id, in evaluation mode.
 
         dtype: of the weights, or its name; None or "auto" keeps the one that the config names (fp32 where it names
         none). The router and its correction bias stay fp32. MTP modules are built only if the checkpoint holds their
         tensors. quantization: "int8", "int4" or "mxfp8" holds the weights of projections and experts so, quantized one
-        tensor at a time as they are read: for inference, see `minim3.model.quantization`.
+        tensor at a time as they are read: for inference, see `minim3.model.quantization`. adapter: a LoRA folder in
+        PEFT's format, merged into the weights as they are read, before they are quantized; `minim3.model.adapter` puts
+        one beside the weights instead.
         """
         weights_as = weight_dtype(dtype)
         folder = checkpoint.resolve_checkpoint(path)
+        merged = None if adapter is None else checkpoint.read_adapter(adapter)
         config = cls.config_of(checkpoint.read_config(folder), str(path))
         config = with_mtp_modules(config, checkpoint.num_mtp_modules_in(folder))
         if weights_as is None:
@@ -102,7 +107,9 @@ class CausalLM(nn.Module):
             model.quantization = Quantization.of(quantization)
             model.quantization.check_available(device, weights_as)
             sinks = prepare(model, model.quantization, checkpoint.mxfp8_parameters(folder))
-        checkpoint.load_into(model, folder, dtype=weights_as, device=device, text_only=cls.is_text_only(), sinks=sinks)
+        checkpoint.load_into(
+            model, folder, dtype=weights_as, device=device, text_only=cls.is_text_only(), sinks=sinks, adapter=merged
+        )
         model.generation_config = checkpoint.read_generation_config(folder)
         return model.eval()
 
@@ -116,8 +123,13 @@ class CausalLM(nn.Module):
         """Write config and weights in the released layout.
 
         format: "bf16", "fp32", "mxfp8", or None for the model's own dtype. A quantized model is refused: what it was
-        made from is in its checkpoint.
+        made from is in its checkpoint. So is one that carries an adapter, which has a place of its own on disk.
         """
+        if any(True for _ in adapted_modules(self)):
+            raise ValueError(
+                "this model carries an adapter: save that by minim3.model.adapter.save_adapter, or merge it into the "
+                "weights first (merge_adapter)"
+            )
         if self.quantization is not None:
             raise ValueError(
                 f"this model holds {self.quantization.format} weights, made from a checkpoint when it was loaded: save "
