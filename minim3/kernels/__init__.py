@@ -1,12 +1,14 @@
 """One function per op; which implementation runs is chosen here, by device and dtype, and nowhere else.
 
 Shapes and meaning: the docstrings in `minim3.kernels.reference`, which is the definition of every op. All take
-`implementation`: "reference" (dense, obvious, slow), "portable" (fast plain PyTorch, any device), or None for the
-choice of `choose`, which is made once for each op, device and dtype and logged (logger `minim3.kernels`). T packed
+`implementation`: "reference" (dense, obvious, slow), "portable" (fast plain PyTorch, any device), "triton" (NVIDIA
+GPUs; interpreted on a CPU where TRITON_INTERPRET=1), or None for the choice of `choose`: Triton on CUDA where it has a
+kernel for the types and shapes, else portable. Each choice is logged once (logger `minim3.kernels`). T packed
 queries, S packed keys, N sequences; lengths are int32 tensors or sequences of integers.
 The paged ops take a `PagedPlan` of the step besides, where one is shared by many calls with the same sequences.
 """
 
+import importlib
 import logging
 from collections.abc import Callable
 from functools import cache
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minim3.kernels import portable, reference
+from minim3.kernels import availability, portable, reference
 from minim3.kernels.portable.plan import PagedPlan
 from minim3.kernels.sequences import Lengths
 
@@ -40,7 +42,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _MODULES: dict[str, ModuleType] = {"portable": portable, "reference": reference}
-_PLANNED = ("triton",)
 
 
 class Choice(NamedTuple):
@@ -52,6 +53,10 @@ class Choice(NamedTuple):
 
 def implementations() -> tuple[str, ...]:
     """Names of the implementations that can run here, the preferred first."""
+    if availability.why_not("select_blocks", "cuda", torch.float32) is None:
+        return ("triton", *_MODULES)
+    if availability.why_not("select_blocks", "cpu", torch.float32) is None:
+        return (*_MODULES, "triton")
     return tuple(_MODULES)
 
 
@@ -64,36 +69,58 @@ def resolve(implementation: str | None, op: str, device: torch.device | str, dty
 
 
 def choose(implementation: str | None, op: str, device: torch.device | str, dtype: torch.dtype) -> Choice:
-    """The implementation that runs `op` on `device` in `dtype`, and why; errors as in `resolve`."""
-    return _choose(implementation, op, torch.device(device).type, dtype)
+    """The implementation that runs `op` on `device` in `dtype`, and why; errors as in `resolve`.
+
+    Shapes that a Triton kernel does not take (an odd block size, say) still go to the portable one.
+    """
+    return _choose(implementation, op, torch.device(device).type, dtype, None)
 
 
 @cache
-def _choose(implementation: str | None, op: str, device_type: str, dtype: torch.dtype) -> Choice:
-    if implementation is None:
-        choice = Choice("portable", _why_portable(device_type))
-    elif implementation in _MODULES:
+def _choose(implementation: str | None, op: str, device_type: str, dtype: torch.dtype, misfit: str | None) -> Choice:
+    """`misfit`: why a Triton kernel does not take the shapes at hand."""
+    if implementation in _MODULES:
         choice = Choice(implementation, "requested")
-    else:
-        state = "is not available in this version" if implementation in _PLANNED else "is unknown"
+    elif implementation not in (None, "triton"):
         raise ValueError(
-            f"implementation={implementation!r} {state} for {op} on {device_type} in {dtype}; "
-            f"available: {', '.join(_MODULES)} (or None to choose automatically)"
+            f"implementation={implementation!r} is unknown for {op} on {device_type} in {dtype}; "
+            f"available: {', '.join(implementations())} (or None to choose automatically)"
         )
+    elif implementation is None and device_type == "cpu":
+        choice = Choice("portable", "plain PyTorch with its fused CPU operators, the fastest on a CPU")
+    else:
+        why_not = availability.why_not(op, device_type, dtype) or misfit
+        if why_not is None:
+            choice = Choice("triton", "requested" if implementation else "kernels for this device")
+        elif implementation is None:
+            choice = Choice("portable", f"plain PyTorch, there are no kernels for {device_type} here: {why_not}")
+        else:
+            raise ValueError(
+                f"implementation='triton' is not available for {op} on {device_type} in {dtype}: {why_not}; "
+                f"available: {', '.join(implementations())} (or None to choose automatically)"
+            )
     logger.info("%s on %s in %s runs %s: %s", op, device_type, dtype, *choice)
     return choice
 
 
-def _why_portable(device_type: str) -> str:
-    if device_type == "cpu":
-        return "plain PyTorch with its fused CPU operators, the fastest on a CPU"
-    return f"plain PyTorch, since this version has no kernels for {device_type}"
+def _module(name: str) -> ModuleType:
+    # Triton is imported where it is used first, and nowhere else.
+    return importlib.import_module("minim3.kernels.triton") if name == "triton" else _MODULES[name]
 
 
-def _function(implementation: str | None, op: str, tensor: Tensor) -> Callable[..., Any]:
-    """What runs `op`. Under autocast it runs with autocast off, which would take products below fp32 again."""
+def _function(
+    implementation: str | None, op: str, tensor: Tensor, misfit: Callable[[], str | None] | None = None
+) -> Callable[..., Any]:
+    """What runs `op`. Under autocast it runs with autocast off, which would take products below fp32 again.
+
+    misfit: says why a Triton kernel does not take the shapes, if one does not; asked only where one could run.
+    """
     device_type = tensor.device.type
-    function: Callable[..., Any] = getattr(_MODULES[_choose(implementation, op, device_type, tensor.dtype).name], op)
+    reason = None
+    if misfit is not None and (implementation == "triton" or (implementation is None and device_type == "cuda")):
+        reason = misfit()
+    name = _choose(implementation, op, device_type, tensor.dtype, reason).name
+    function: Callable[..., Any] = getattr(_module(name), op)
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)(function)
     return function
@@ -120,7 +147,10 @@ def select_blocks(
     scale: float | None = None, implementation: str | None = None,
 ) -> Tensor:  # fmt: skip
     """Choose key blocks: `index_q` `[T, Hi, Di]`, `index_k` `[S, Di]` -> int32 `[T, Hi, topk_blocks]`."""
-    return _function(implementation, "select_blocks", index_q)(
+    return _function(
+        implementation, "select_blocks", index_q,
+        lambda: availability.why_not_selection(index_q, index_k, block_size, topk_blocks, scale),
+    )(
         index_q, index_k, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, block_size=block_size,
         topk_blocks=topk_blocks, init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
     )  # fmt: skip
@@ -132,7 +162,10 @@ def select_blocks_paged(
     scale: float | None = None, implementation: str | None = None, plan: PagedPlan | None = None,
 ) -> Tensor:  # fmt: skip
     """`select_blocks` over index key pages `[P, page, Di]`; `page_table[n]` lists those of sequence n."""
-    return _function(implementation, "select_blocks_paged", index_q)(
+    return _function(
+        implementation, "select_blocks_paged", index_q,
+        lambda: availability.why_not_selection(index_q, index_k_pages, block_size, topk_blocks, scale),
+    )(
         index_q, index_k_pages, page_table, lengths_k, cu_seqlens_q, block_size=block_size, topk_blocks=topk_blocks,
         init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
         **_planned(implementation, plan),
@@ -145,7 +178,10 @@ def block_sparse_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend the selected blocks: `[T, Hq, D]`, `[S, Hkv, D]`, `[T, Hkv, K]` -> (out `[T, Hq, D]`, lse `[T, Hq]`)."""
     _check_heads(q, k.shape[1], block_indices)
-    return _function(implementation, "block_sparse_attention", q)(
+    return _function(
+        implementation, "block_sparse_attention", q,
+        lambda: availability.why_not_attention(q, k, v, block_size, block_indices.shape[-1], scale),
+    )(
         q, k, v, block_indices, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, block_size=block_size, scale=scale
     )
 
@@ -156,7 +192,10 @@ def varlen_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Dense attention within each sequence: `[T, Hq, D]`, `[S, Hkv, D]` -> (out `[T, Hq, D]`, lse `[T, Hq]`)."""
     _check_heads(q, k.shape[1], None)
-    return _function(implementation, "varlen_attention", q)(
+    return _function(
+        implementation, "varlen_attention", q,
+        lambda: availability.why_not_attention(q, k, v, None, 1, scale),
+    )(
         q, k, v, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, causal=causal, scale=scale
     )
 
@@ -168,7 +207,10 @@ def block_sparse_attention_paged(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`block_sparse_attention` over pages `[P, Hkv, page, D]`; `lengths_k` counts the new tokens too (no gradient)."""
     _check_heads(q, k_pages.shape[1], block_indices)
-    return _function(implementation, "block_sparse_attention_paged", q)(
+    return _function(
+        implementation, "block_sparse_attention_paged", q,
+        lambda: availability.why_not_attention(q, k_pages, v_pages, block_size, block_indices.shape[-1], scale),
+    )(
         q, k_pages, v_pages, page_table, lengths_k, block_indices, cu_seqlens_q, block_size=block_size, scale=scale,
         **_planned(implementation, plan),
     )  # fmt: skip
@@ -180,7 +222,10 @@ def paged_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Dense causal attention over pages `[P, Hkv, page, D]`; `lengths_k` counts the new tokens too (no gradient)."""
     _check_heads(q, k_pages.shape[1], None)
-    return _function(implementation, "paged_attention", q)(
+    return _function(
+        implementation, "paged_attention", q,
+        lambda: availability.why_not_attention(q, k_pages, v_pages, None, 1, scale),
+    )(
         q, k_pages, v_pages, page_table, lengths_k, cu_seqlens_q, scale=scale, **_planned(implementation, plan)
     )
 

@@ -1,0 +1,14 @@
+"""Kernels in Triton, for NVIDIA GPUs from compute capability 8.0 on, behind the same functions as everything else.
+
+Imported only where asked for. With TRITON_INTERPRET=1 in the environment they run, slowly, on tensors of the CPU.
+"""
+
+from minim3.kernels.triton.paged import block_sparse_attention_paged, paged_attention
+from minim3.kernels.triton.select import select_blocks, select_blocks_paged
+
+__all__ = [
+    "block_sparse_attention_paged",
+    "paged_attention",
+    "select_blocks",
+    "select_blocks_paged",
+]

@@ -1,0 +1,80 @@
+"""What several kernels share: addresses of keys on the device, and how arguments are prepared for them."""
+
+# mypy: allow-untyped-defs
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+
+@triton.jit
+def key_offsets(
+    start, within, first, last, table_row, page_size, stride_page, stride_token,
+    PAGED: tl.constexpr, ONE_PAGE: tl.constexpr,
+):  # fmt: skip
+    """int64 offsets of the keys `start + within` of a sequence: packed from row `first` on, or in pages of its table.
+
+    Keys past the `last` one read a page of the sequence: the caller masks them. ONE_PAGE: the keys lie in one page.
+    """
+    if PAGED:
+        if ONE_PAGE:
+            page = tl.load(table_row + start // page_size).to(tl.int64)
+            return page * stride_page + (start % page_size + within).to(tl.int64) * stride_token
+        else:
+            position = start + within
+            page = tl.load(table_row + tl.minimum(position, last) // page_size).to(tl.int64)
+            return page * stride_page + (position % page_size).to(tl.int64) * stride_token
+    else:
+        return (first + start + within).to(tl.int64) * stride_token
+
+
+@triton.jit
+def row_offsets(positions, stride):
+    """int64 offsets of rows, whatever the type of `positions`: tables pass 2**31 elements."""
+    return tl.cast(positions, tl.int64) * stride
+
+
+def power_of_two(n: int) -> int:
+    """The least power of two that is not below n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x` with its last dimension contiguous: views of packed projections pass as they are."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+class Pages:
+    """How kernels find keys: strides of packed keys `[S, H, D]` (or `[S, D]`), or of pages `[P, H, page, D]`."""
+
+    def __init__(self, keys: Tensor, page_table: Tensor | None, run: int) -> None:
+        """`run`: how many keys a kernel takes at once, from a multiple of it on."""
+        self.paged = page_table is not None
+        self.table = keys if page_table is None else page_table
+        self.stride_table = 0 if page_table is None else page_table.stride(0)
+        if page_table is None:
+            self.stride_page, self.stride_token, self.page_size = 0, keys.stride(0), 1
+            self.stride_head = keys.stride(1) if keys.dim() == 3 else 0
+        else:
+            self.stride_page, self.stride_token, self.page_size = keys.stride(0), keys.stride(-2), keys.shape[-2]
+            self.stride_head = keys.stride(1) if keys.dim() == 4 else 0
+        self.one_page = self.paged and self.page_size % run == 0
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "page_table": self.table, "stride_table": self.stride_table, "page_size": self.page_size,
+            "stride_page": self.stride_page, "stride_token": self.stride_token, "stride_head": self.stride_head,
+            "PAGED": self.paged, "ONE_PAGE": self.one_page,
+        }  # fmt: skip
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Products of fp32 are exact products: no silent tf32."""
+    return "ieee" if dtype == torch.float32 else "tf32"

@@ -1,0 +1,130 @@
+"""Attention over pages in Triton, interpreted: prefill in tiles and decoding in splits equal the reference."""
+
+import pytest
+import torch
+
+from minim3 import kernels
+from tests.interpreted import close, cumulative, in_pages, interpreted, random_ids  # noqa: F401
+
+SHAPES = {  # lengths of queries, of keys, KV heads, group, dim, block size, page size, top-k
+    "prefill of documents": ([37, 20], [37, 20], 2, 2, 24, 16, 16, 3),
+    "a chunk at some context": ([40], [101], 1, 4, 16, 16, 48, 4),
+    "pages smaller than blocks": ([35, 18], [60, 18], 1, 1, 16, 32, 16, 2),
+    "pages no multiple": ([35], [75], 1, 8, 16, 16, 24, 3),
+    "one query each": ([1, 1, 1], [70, 33, 1], 2, 4, 24, 16, 16, 3),
+    "verification": ([3, 0, 2], [64, 5, 50], 1, 2, 16, 16, 32, 3),
+}
+
+
+def tensors(cu_q: list[int], cu_k: list[int], heads: int, group: int, dim: int, seed: int = 0) -> tuple:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((cu_q[-1], heads * group, dim), *[(cu_k[-1], heads, dim)] * 2)
+    return tuple(torch.randn(*shape, generator=generator) for shape in shapes)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_attention_over_pages_equals_reference(name: str) -> None:
+    """Pages shuffled, NaN wherever no key lies (pitfalls 6, 7, 17); any blocks in any order, documents apart."""
+    lengths_q, lengths_k, heads, group, dim, block_size, page_size, topk = SHAPES[name]
+    cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
+    q, k, v = tensors(cu_q, cu_k, heads, group, dim)
+    (k_pages, table), (v_pages, _) = in_pages(k, cu_k, page_size), in_pages(v, cu_k, page_size)
+    ids = random_ids(cu_q, cu_k, heads, block_size, topk)
+    sparse = kernels.block_sparse_attention(q, k, v, ids, cu_q, cu_k, block_size=block_size, implementation="reference")
+    dense = kernels.varlen_attention(q, k, v, cu_q, cu_k, implementation="reference")
+    results = []
+    for _ in range(2):
+        run = {"implementation": "triton"}
+        results.append((
+            *kernels.block_sparse_attention_paged(
+                q, k_pages, v_pages, table, lengths_k, ids, cu_q, block_size=block_size, **run
+            ),
+            *kernels.paged_attention(q, k_pages, v_pages, table, lengths_k, cu_q, **run),
+        ))  # fmt: skip
+    for want, got, again in zip((*sparse, *dense), *results):
+        close(got, want)
+        assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("splits", [1, 5])
+def test_decoding_in_any_number_of_splits(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Splits without a key (most of them for the short sequences) must not reach the merge, nor must fresh memory."""
+    from minim3.kernels.triton import decode, layout
+
+    empty = torch.empty
+    monkeypatch.setattr(decode.torch, "empty", lambda *shape, **like: empty(*shape, **like).fill_(float("nan")))
+    lengths = [90, 17, 1]
+    cu_q, cu_k = cumulative([1, 1, 1]), cumulative(lengths)
+    q, k, v = tensors(cu_q, cu_k, 2, 2, 16)
+    (k_pages, table), (v_pages, _) = in_pages(k, cu_k, 16), in_pages(v, cu_k, 16)
+    ids = random_ids(cu_q, cu_k, 2, 16, 5)
+    for unknown in (False, True) if splits > 1 else (False,):
+        known = layout.paged_layout(table, lengths, cu_q, 16, 3, None)
+        where = layout._of_device(table, torch.tensor(lengths), torch.tensor(cu_q), 16, 3) if unknown else known
+        run = {"block_size": 16, "scale": 0.3, "splits": splits}
+        got = decode.decode(q, k_pages, v_pages, table, ids, where, **run)
+        want = kernels.block_sparse_attention(
+            q, k, v, ids, cu_q, cu_k, block_size=16, scale=0.3, implementation="reference"
+        )
+        for a, b in zip(got, want):
+            close(a, b)
+        got = decode.decode(q, k_pages, v_pages, table, None, where, **run)
+        for a, b in zip(got, kernels.varlen_attention(q, k, v, cu_q, cu_k, scale=0.3, implementation="reference")):
+            close(a, b)
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_tiles_of_any_height(rows: int) -> None:
+    """More tokens share a tile: the union of their blocks grows, what each of them attends does not."""
+    from minim3.kernels.triton import layout, prefill
+
+    cu = cumulative([41, 9])
+    q, k, v = tensors(cu, cu, 2, 4, 16)
+    ids = random_ids(cu, cu, 2, 16, 3)
+    where = layout.packed_layout(cu, cu, None, q, k)
+    got = prefill.forward(q, k, v, ids, where, page_table=None, block_size=16, scale=0.25, rows=rows)
+    want = kernels.block_sparse_attention(q, k, v, ids, cu, cu, block_size=16, scale=0.25, implementation="reference")
+    for a, b in zip(got, want):
+        close(a, b)
+
+
+def test_low_precision_stays_near_fp32() -> None:
+    """Pitfall 10: masks are boolean and sums fp32; the error is that of rounding shares and results.
+
+    (The interpreter multiplies no bf16; tests/gpu has it.)
+    """
+    cu = [0, 40]
+    q, k, v = (x.half() for x in tensors(cu, cu, 1, 4, 32))
+    ids = random_ids(cu, cu, 1, 16, 2)
+    (k_pages, table), (v_pages, _) = in_pages(k, cu, 16), in_pages(v, cu, 16)
+    out, lse = kernels.block_sparse_attention_paged(
+        q, k_pages, v_pages, table, [40], ids, cu, block_size=16, implementation="triton"
+    )
+    want, want_lse = kernels.block_sparse_attention(
+        q.float(), k.float(), v.float(), ids, cu, cu, block_size=16, implementation="reference"
+    )
+    assert out.dtype == torch.float16
+    close(out.float(), want, 2e-3)
+    close(lse, want_lse, 1e-5)
+
+
+def test_strided_queries_need_no_copy() -> None:
+    """Views of one packed projection: rows farther apart than their heads."""
+    cu = [0, 24]
+    q, k, v = tensors(cu, cu, 2, 2, 16)
+    wide = torch.full((24, 9, 16), float("nan"))
+    wide[:, :4] = q
+    (k_pages, table), (v_pages, _) = in_pages(k, cu, 16), in_pages(v, cu, 16)
+    run = {"implementation": "triton"}
+    got = kernels.paged_attention(wide[:, :4], k_pages, v_pages, table, [24], cu, **run)[0]
+    assert torch.equal(got, kernels.paged_attention(q, k_pages, v_pages, table, [24], cu, **run)[0])
+
+
+def test_requests_that_cannot_be_met_say_why() -> None:
+    q, pages, table = torch.randn(1, 6, 16), torch.randn(2, 2, 16, 16), torch.tensor([[0, 1]])
+    with pytest.raises(ValueError, match="3 query heads share a KV head; that must be a power of two"):
+        kernels.paged_attention(q, pages, pages, table, [4], [0, 1], implementation="triton")
+    with pytest.raises(ValueError, match=r"must have one dtype; got torch\.float32, torch\.bfloat16"):
+        kernels.paged_attention(q[:, :4], pages.bfloat16(), pages, table, [4], [0, 1], implementation="triton")
+    with pytest.raises(ValueError, match="room for 32 in its pages"):
+        kernels.paged_attention(q[:, :4], pages, pages, table, [40], [0, 1], implementation="triton")
