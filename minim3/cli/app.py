@@ -233,6 +233,62 @@ def demo(
     run_demo(LoadOptions(model, device, dtype.value, threads, quantization), output, seed)
 
 
+@app.command("eval")
+def evaluate(
+    words: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="[MODEL] TASK...",
+            help="Checkpoint folder or hub id (default: pocket); perplexity:FILE, choice:FILE.jsonl, exact:FILE.jsonl, "
+            "needle, retrieval, pocket, lm_eval:TASK.",
+        ),
+    ],
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="PATH|HUB", help="The same as MODEL.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="First N questions or documents; prompts a cell (needle).")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, metavar="N", help="Most sequences that run at once.")] = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,N", help="Tokens of needle and retrieval prompts, e.g. 1024,4096.")
+    ] = None,
+    depths: Annotated[
+        str | None, typer.Option(metavar="P,P", help="Where the fact stands, in percent, e.g. 0,50,100.")
+    ] = None,
+    keys: Annotated[int | None, typer.Option(min=2, metavar="N", help="Facts in a retrieval prompt (16).")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=2, metavar="TOKENS", help="Perplexity: tokens seen at once (4096).")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, metavar="TOKENS", help="Perplexity: how far the window moves (half of it).")
+    ] = None,
+    max_new_tokens: MaxNewTokens = None,
+    thinking: Annotated[
+        Thinking | None, typer.Option("--thinking", help="exact: adaptive; needle, retrieval: disabled.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Questions and prompts as they stand, without the chat format.")
+    ] = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON too.")] = None,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    quantization: QuantizationOption = None,
+    threads: Threads = None,
+    seed: Seed = 0,
+    version: Version = False,
+) -> None:
+    """Measure a model: perplexity, choice, exact answers, retrieval (docs/evaluation.md)."""
+    from minim3.cli.eval import EvalOptions, parse_list, run_eval
+    from minim3.cli.session import LoadOptions
+
+    percents = parse_list(depths, "depths", float, "0,50,100")
+    options = EvalOptions(
+        limit, batch_size, seed or 0, parse_list(lengths, "lengths", int, "1024,4096"),
+        None if percents is None else tuple(percent / 100 for percent in percents), keys, window, stride,
+        max_new_tokens, None if thinking is None else thinking.value, raw,
+    )  # fmt: skip
+    run_eval(words, LoadOptions(model, device, dtype.value, threads, quantization), options, json)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 (failed), 2 (bad input), 130 (Ctrl-C)."""
     return run_guarded(lambda: app(arguments, prog_name="minim3", standalone_mode=False))
