@@ -126,7 +126,7 @@ class LoraHead(LoraLinear):
         return total.to(base.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight.to(x.dtype), self.bias)
 
 
 class LoraPackedLinears(PackedLinears):
@@ -184,7 +184,7 @@ class LoraExperts(LoraModule, MiniMaxM3Experts):
 
     def _products(self, stack: str, active: Sequence[int], rows: Sequence[Tensor]) -> Tensor:
         """The rows of each active expert times its adapted weight, one expert after another."""
-        weights = self.get_parameter(stack).unbind()
+        weights = getattr(self, stack).unbind()
         if stack not in self.factor_names:
             return torch.cat([F.linear(of_expert, weights[e]) for e, of_expert in zip(active, rows)])
         a, b = (factors.unbind() for factors in self.factors_of(stack))

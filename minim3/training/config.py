@@ -15,6 +15,8 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
+from minim3.training.lora_recipe import LoraRecipe
+
 T = TypeVar("T")
 
 
@@ -324,6 +326,7 @@ class TrainingConfig:
     steps: int
     model: ModelRecipe
     data: DataRecipe
+    lora: LoraRecipe | None = None
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
@@ -345,6 +348,8 @@ class TrainingConfig:
             raise ValueError(f"peak_flops must be positive, is {self.peak_flops}")
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, is {self.seed}")
+        if self.lora is not None and self.model.start_from is None:
+            raise ValueError("lora adapts a checkpoint: give model.start_from in the place of model.config")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values again (dicts, lists, numbers, strings), for JSON."""
