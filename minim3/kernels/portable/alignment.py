@@ -5,6 +5,7 @@ The gradient at a scaled index score is (student - teacher) / (tokens * heads), 
 multiplied in the backward pass; no probabilities are kept. Shapes as in the reference; t rows, s keys of one piece.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from minim3.kernels.portable import products
 from minim3.kernels.portable.buckets import make_buckets, split_short
+from minim3.kernels.portable.threads import run_all
 from minim3.kernels.sequences import Lengths, Span, at_least_fp32, query_positions, sequence_spans
 
 _HIDDEN = -1e30
@@ -150,23 +152,29 @@ def _long_piece(
 ) -> Tensor:  # fmt: skip
     """Summed KL of one sequence; fills its rows of `grad_q` and adds to `grad_k`. The packed tensors are whole."""
     seen = slice(span.k_start, span.k_start + span.offset + span.num_queries)
-    keys, index_keys, grad_keys = products.extend(k[seen]), products.extend(index_k[seen, None])[0], grad_k[seen]
-    group, loss = q.shape[1] // k.shape[1], index_q.new_zeros((), dtype=torch.float64)
+    keys, index_keys = products.extend(k[seen]), products.extend(index_k[seen, None])[0]
+    grad_keys = grad_k.new_zeros(k.shape[1], *grad_k[seen].shape)  # the heads share these keys, and run side by side
+    losses = index_q.new_zeros(k.shape[1], dtype=torch.float64)
+    group = q.shape[1] // k.shape[1]
+
+    def head(h: int, at: slice, choice: products.Choice) -> None:
+        heads = slice(h * group, (h + 1) * group)
+        main, index = _extended(q[at, heads], work.scale), _extended(index_q[at, h : h + 1], work.index_scale)
+        for rows, extended_keys in ((main, keys[h]), (index, index_keys)):
+            _subtract_log_sum_exp(rows, extended_keys, choice)
+        part, part_q = _tile(main, index, keys[h], index_keys, choice, grad_keys[h])
+        grad_q[at, h] = part_q.mul_(work.index_scale)
+        losses[h] += part
+
     for tile in products.tiles(span):
         at = slice(tile.q_start, tile.q_stop)
         if ids is None:
             choices = [products.everything(tile)] * k.shape[1]
         else:
             choices = products.choices(ids[at], tile, work.block_size)
-        for h, choice in enumerate(choices):
-            heads = slice(h * group, (h + 1) * group)
-            main, index = _extended(q[at, heads], work.scale), _extended(index_q[at, h : h + 1], work.index_scale)
-            for rows, extended_keys in ((main, keys[h]), (index, index_keys)):
-                _subtract_log_sum_exp(rows, extended_keys, choice)
-            part, part_q = _tile(main, index, keys[h], index_keys, choice, grad_keys)
-            grad_q[at, h] = part_q.mul_(work.index_scale)
-            loss += part
-    return loss
+        run_all(partial(head, h, at, choice) for h, choice in enumerate(choices))
+    grad_k[seen] += grad_keys.sum(0)
+    return losses.sum()
 
 
 def _extended(rows: Tensor, scale: float) -> Tensor:

@@ -6,7 +6,8 @@ fused operator (`merging`), sparse ones matrix products of their own (`products`
 reference; G = Hq / Hkv query heads share a KV head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from minim3.kernels.portable import merging, products
 from minim3.kernels.portable.buckets import Buckets, make_buckets, scatter_rows, split_short
 from minim3.kernels.portable.flash import attend, attend_backward
+from minim3.kernels.portable.threads import run_all
 from minim3.kernels.sequences import Lengths, Span, as_ints, at_least_fp32, query_positions, sequence_spans
 
 
@@ -183,18 +185,25 @@ def _sparse_forward(
     seen = slice(span.k_start, span.k_start + span.offset + span.num_queries)
     k, v, group = k[seen], v[seen], q.shape[1] // k.shape[1]
     keys, longest = products.extend(k), torch.linalg.vector_norm(k, dim=-1).amax(0)
-    for tile in products.tiles(span):
+
+    def head(h: int, rows: slice, choice: products.Choice, reference: Tensor | None) -> None:
+        heads = slice(h * group, (h + 1) * group)
+        q_h, out_h, lse_h = q[rows, heads], out[rows, heads], lse[rows, heads]
+        if reference is not None:
+            products.forward(q_h, reference[:, heads], keys[h], v[:, h], choice, work.scale, out_h, lse_h)
+        else:
+            merging.sparse_forward(q_h, k[:, h : h + 1], v[:, h : h + 1], choice, work.scale, out_h, lse_h)
+
+    pieces: list[Callable[[], None]] = []
+    for tile in products.tiles(span, least=-(-torch.get_num_threads() // k.shape[1])):
         rows = slice(tile.q_start, tile.q_stop)
         reference = products.references(q[rows], k[tile.offset : tile.offset + tile.num_queries], work.scale)
         within_reach = products.within_reach(q[rows], reference, longest, work.scale)
         for h, choice in enumerate(products.choices(ids[rows], tile, work.block_size)):
-            heads = slice(h * group, (h + 1) * group)
-            q_h, out_h, lse_h = q[rows, heads], out[rows, heads], lse[rows, heads]
             # A reference that is not among the scores could be far above all of them.
-            if within_reach[h] and choice.without_own is None:
-                products.forward(q_h, reference[:, heads], keys[h], v[:, h], choice, work.scale, out_h, lse_h)
-            else:
-                merging.sparse_forward(q_h, k[:, h : h + 1], v[:, h : h + 1], choice, work.scale, out_h, lse_h)
+            as_products = within_reach[h] and choice.without_own is None
+            pieces.append(partial(head, h, rows, choice, reference if as_products else None))
+    run_all(pieces)
 
 
 def _sparse_backward(
@@ -205,14 +214,18 @@ def _sparse_backward(
     seen = slice(span.k_start, span.k_start + span.offset + span.num_queries)
     keys, values, group = products.extend(k[seen]), products.extend(v[seen]), q.shape[1] // k.shape[1]
     grad_keys, grad_values = keys.new_zeros(2, *keys.shape[:2], q.shape[2])
+
+    def head(h: int, rows: slice, choice: products.Choice, delta: Tensor) -> None:
+        heads = slice(h * group, (h + 1) * group)
+        products.backward(
+            grad_out[rows, heads], q[rows, heads], lse[rows, heads], delta[:, heads], keys[h], values[h], choice,
+            work.scale, grad_q[rows, heads], grad_keys[h], grad_values[h],
+        )  # fmt: skip
+
     for tile in products.tiles(span):
         rows = slice(tile.q_start, tile.q_stop)
         delta = (grad_out[rows] * out[rows]).sum(-1)
-        for h, choice in enumerate(products.choices(ids[rows], tile, work.block_size)):
-            heads = slice(h * group, (h + 1) * group)
-            products.backward(
-                grad_out[rows, heads], q[rows, heads], lse[rows, heads], delta[:, heads], keys[h], values[h], choice,
-                work.scale, grad_q[rows, heads], grad_keys[h], grad_values[h],
-            )  # fmt: skip
+        choices = products.choices(ids[rows], tile, work.block_size)
+        run_all(partial(head, h, rows, choice, delta) for h, choice in enumerate(choices))
     grad_k[seen] += grad_keys.transpose(0, 1)
     grad_v[seen] += grad_values.transpose(0, 1)

@@ -25,6 +25,9 @@ _REACH = 60.0
 _TILE_ROWS = 4096
 """Queries handled at once: what one KV head needs of them stays in the last-level cache."""
 
+_LEAST_TILE_ROWS = 512
+"""Where there are many threads to keep busy: fewer rows would leave too few of them for each block of keys."""
+
 _PRODUCT_ROWS = 1024
 """Rows times heads of a product for each thread: its scores over a block of keys stay in a core's own cache."""
 _DENSE_BLOCK = 128
@@ -43,10 +46,11 @@ class Choice(NamedTuple):
     without_own: Tensor | None  # bool [R]: rows that did not choose their own block; None: there are none
 
 
-def tiles(span: Span) -> Iterator[Span]:
-    """A piece, some rows at a time."""
-    for start in range(0, span.num_queries, _TILE_ROWS):
-        count = min(_TILE_ROWS, span.num_queries - start)
+def tiles(span: Span, least: int = 1) -> Iterator[Span]:
+    """A piece, some rows at a time; at least so many tiles, if it has the rows for them."""
+    step = min(_TILE_ROWS, max(_LEAST_TILE_ROWS, span.num_queries // least))
+    for start in range(0, span.num_queries, step):
+        count = min(step, span.num_queries - start)
         yield Span(span.q_start + start, count, span.k_start, span.num_keys, span.offset + start)
 
 

@@ -4,9 +4,13 @@ Only blocks before a query's own are scored (the own block is forced, unless `lo
 causal mask, and queries in the first `topk_blocks` blocks need no score at all. Shapes as in the reference.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from minim3.kernels.portable.threads import run_all
 from minim3.kernels.sequences import (
     Lengths,
     Span,
@@ -37,21 +41,25 @@ def select_blocks(
     current = query_positions(spans, index_q.device) // block_size
     out = all_blocks(current, index_q.shape[1], topk_blocks)
     dtype = at_least_fp32(index_q.dtype)
-    scores_buffer: Tensor | None = None
+    pieces: list[Callable[[], None]] = []
+
+    def choose(queries: Tensor, keys: Tensor, tile: Span) -> None:
+        rows = slice(tile.q_start, tile.q_stop)
+        queries = queries.detach().to(dtype)
+        scores = _block_scores(queries, keys, tile, block_size, local_blocks, score_type, scale)
+        out[rows] = best_blocks(scores, current[rows], topk_blocks, init_blocks, local_blocks)
+
     for span in spans:
         first = max(topk_blocks * block_size - span.offset, 0)  # the first query with more blocks than the budget
         if first >= span.num_queries:
             continue
-        scores_buffer = index_q.new_empty(_TILE_SCORES, dtype=dtype) if scores_buffer is None else scores_buffer
         keys = index_k[span.k_start : span.k_stop].detach().to(dtype)
         step = max(1, _TILE_ROWS // index_q.shape[1])
         for start in range(first, span.num_queries, step):
             count = min(step, span.num_queries - start)
             tile = Span(span.q_start + start, count, span.k_start, span.num_keys, span.offset + start)
-            rows = slice(tile.q_start, tile.q_stop)
-            queries = index_q[rows].detach().to(dtype)
-            scores = _block_scores(queries, keys, tile, block_size, local_blocks, score_type, scale, scores_buffer)
-            out[rows] = best_blocks(scores, current[rows], topk_blocks, init_blocks, local_blocks)
+            pieces.append(partial(choose, index_q[tile.q_start : tile.q_stop], keys, tile))
+    run_all(pieces)
     return out
 
 
@@ -63,8 +71,7 @@ def all_blocks(current: Tensor, heads: int, topk_blocks: int) -> Tensor:
 
 
 def _block_scores(
-    queries: Tensor, keys: Tensor, tile: Span, block_size: int, local_blocks: int, score_type: str, scale: float,
-    buffer: Tensor,
+    queries: Tensor, keys: Tensor, tile: Span, block_size: int, local_blocks: int, score_type: str, scale: float
 ) -> Tensor:  # fmt: skip
     """`[R, Hi, Di]` x `[S, Di]` -> block scores `[R, Hi, B]` for the B blocks up to the last query's own.
 
@@ -76,9 +83,8 @@ def _block_scores(
     scored_keys = (num_blocks - 1) * block_size if local_blocks else last + 1
     rows = queries.flatten(0, 1)
     scores = queries.new_full((rows.shape[0], num_blocks), float("-inf"))
-    step = max(1, buffer.numel() // (rows.shape[0] * block_size))
-    if rows.shape[0] * block_size > buffer.numel():
-        buffer = buffer.new_empty(rows.shape[0] * block_size)
+    step = max(1, _TILE_SCORES // (rows.shape[0] * block_size))
+    buffer = queries.new_empty(min(step, num_blocks) * rows.shape[0] * block_size)
     for block in range(0, num_blocks, step):
         key_start, key_stop = block * block_size, min((block + step) * block_size, scored_keys)
         if key_start >= key_stop:
