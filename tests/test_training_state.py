@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from minim3.training import trainer
 from minim3.training.data import IGNORED, Batch
 from minim3.training.state import find_checkpoints
-from minim3.training.trainer import right_documents, train
+from minim3.training.trainer import train
+from minim3.training.validation import right_documents
 
 TESTS = Path(__file__).parent
 STEPS = 6
@@ -244,7 +245,7 @@ def test_a_document_is_right_only_if_every_target_is() -> None:
     labels = torch.tensor([5, 6, IGNORED, 7, IGNORED, IGNORED, 8, 9, IGNORED])
     batch = Batch(torch.zeros_like(labels), labels, (3, 2, 1, 3), ("", "", "", ""))
     correct = torch.tensor([True, False, True, True, True])
-    assert right_documents(batch, correct).tolist() == [False, True, True, True]
+    assert right_documents([batch], correct).tolist() == [False, True, True, True]
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,9 @@
 
     OUTPUT/checkpoints/step-00000500/
         state.safetensors    weights, buffers, optimizer moments, moving averages, random state
-        state.json           step, recipe, size and CRC-32 of the tensor file
+        state.json           step, recipe, position in the data, size and CRC-32 of the tensor file, CRC-32 of itself
 
 A checkpoint is written aside, flushed to disk and renamed: a folder named `step-*` is whole, whenever the process died.
-Batches need no saved position: batch `i` is a function of the seed and `i` (see `data.py`).
 """
 
 import json
@@ -83,26 +82,38 @@ class TrainingState:
             raise ValueError(f"{source} holds tensors this run has no place for: {', '.join(sorted(left)[:5])}")
 
 
-def save_checkpoint(folder: Path, state: TrainingState, *, step: int, recipe: Mapping[str, Any], keep: int) -> Path:
-    """Write `folder/step-N` atomically, then remove all but the newest `keep` checkpoints."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint holds beside tensors, as plain values. step: the steps done.
+
+    progress: where everything else stands that the next steps depend on, by name (position in the data, ...).
+    """
+
+    step: int
+    recipe: Mapping[str, Any]
+    progress: Mapping[str, Any]
+
+
+def save_checkpoint(folder: Path, state: TrainingState, checkpoint: Checkpoint, *, keep: int) -> Path:
+    """Write `folder/step-N` atomically, then remove all but the newest `keep` checkpoints.
+
+    Raises OSError when the disk is full or fails: nothing half written stays, the checkpoints before are untouched.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:08d}"
-    partial = folder / f".partial-{step:08d}"
     for left_over in folder.glob(".*-*"):  # of a process that was killed while saving
         shutil.rmtree(left_over)
-    partial.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in state.tensors().items()}, partial / TENSORS)
-    metadata = {
-        "format_version": FORMAT_VERSION,
-        "step": step,
-        "recipe": recipe,
-        "num_bytes": (partial / TENSORS).stat().st_size,
-        "crc32": _crc32(partial / TENSORS),
-    }
-    (partial / METADATA).write_text(json.dumps(metadata, indent=1), encoding="utf-8")
-    for path in (partial / TENSORS, partial / METADATA, partial):
-        _flush(path)
-    outdated = folder / f".outdated-{step:08d}"
+    final = folder / f"step-{checkpoint.step:08d}"
+    partial = folder / f".partial-{checkpoint.step:08d}"
+    try:
+        partial.mkdir()
+        _write(partial, state, checkpoint)
+    except (OSError, SafetensorError) as error:  # safetensors wraps what the system said
+        shutil.rmtree(partial, ignore_errors=True)
+        kept = find_checkpoints(folder)
+        newest = f"the newest checkpoint is {kept[-1].name}" if kept else "there is none before it"
+        message = f"the state of step {checkpoint.step} could not be saved in {folder} ({error}); {newest}"
+        raise OSError(message) from error
+    outdated = folder / f".outdated-{checkpoint.step:08d}"
     if final.exists():  # a damaged one that the run went back from
         final.rename(outdated)
     partial.rename(final)
@@ -114,6 +125,22 @@ def save_checkpoint(folder: Path, state: TrainingState, *, step: int, recipe: Ma
     return final
 
 
+def _write(folder: Path, state: TrainingState, checkpoint: Checkpoint) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in state.tensors().items()}, folder / TENSORS)
+    metadata = {
+        "format_version": FORMAT_VERSION,
+        "step": checkpoint.step,
+        "recipe": checkpoint.recipe,
+        "progress": checkpoint.progress,
+        "num_bytes": (folder / TENSORS).stat().st_size,
+        "crc32": _crc32(folder / TENSORS),
+    }
+    text = json.dumps({**metadata, "metadata_crc32": _crc32_of_values(metadata)}, indent=1)
+    (folder / METADATA).write_text(text, encoding="utf-8")
+    for path in (folder / TENSORS, folder / METADATA, folder):
+        _flush(path)
+
+
 def find_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     if not folder.is_dir():
@@ -121,8 +148,8 @@ def find_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
 
 
-def load_newest(folder: Path, state: TrainingState) -> tuple[int, dict[str, Any]] | None:
-    """Restore the newest whole checkpoint; returns its step and recipe, or None when there is none at all.
+def load_newest(folder: Path, state: TrainingState) -> Checkpoint | None:
+    """Restore the newest whole checkpoint and return the rest of it, or None when there is none at all.
 
     A damaged checkpoint is reported and passed over. Raises ValueError when all are damaged.
     """
@@ -130,22 +157,30 @@ def load_newest(folder: Path, state: TrainingState) -> tuple[int, dict[str, Any]
     for path in reversed(checkpoints):
         try:
             metadata, tensors = _read(path)
-        except (OSError, SafetensorError, json.JSONDecodeError, KeyError, DamagedCheckpoint) as error:
+        except (OSError, SafetensorError, DamagedCheckpoint) as error:
             print(f"checkpoint {path} is damaged ({error}); trying the one before", file=sys.stderr)
             continue
         state.restore(tensors, path)
-        return metadata["step"], metadata["recipe"]
+        return Checkpoint(metadata["step"], metadata["recipe"], metadata.get("progress", {}))
     if checkpoints:
         raise ValueError(f"every checkpoint in {folder} is damaged; remove the folder to start afresh")
     return None
 
 
 class DamagedCheckpoint(Exception):
-    """The tensor file is not the one that was written."""
+    """The files are not those that were written."""
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
+    try:
+        metadata = json.loads((path / METADATA).read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or not even text
+        raise DamagedCheckpoint(f"{METADATA}: {error}") from error
+    if not isinstance(metadata, dict) or "format_version" not in metadata:
+        raise DamagedCheckpoint(f"{METADATA} is not what was written")
+    written = metadata.pop("metadata_crc32", None)  # the first runs have none
+    if written is not None and written != _crc32_of_values(metadata):
+        raise DamagedCheckpoint(f"{METADATA} is not what was written")
     if metadata["format_version"] != FORMAT_VERSION:
         raise ValueError(f"{path} has format {metadata['format_version']}; this version reads {FORMAT_VERSION}")
     size, crc32 = (path / TENSORS).stat().st_size, _crc32(path / TENSORS)
@@ -173,6 +208,11 @@ def _crc32(path: Path) -> int:
         while chunk := file.read(1 << 22):
             crc = zlib.crc32(chunk, crc)
     return crc
+
+
+def _crc32_of_values(values: Mapping[str, Any]) -> int:
+    as_read = json.loads(json.dumps(values))  # keys are strings there
+    return zlib.crc32(json.dumps(as_read, sort_keys=True).encode())
 
 
 def _flush(path: Path) -> None:
