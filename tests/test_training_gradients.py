@@ -188,7 +188,7 @@ def test_the_router_loss_pulls_towards_balance(model: Any, batch: Batch) -> None
 
 
 def test_losses_without_a_layer_for_them_are_refused(batch: Batch) -> None:
-    from tiny_models import random_ids, text_model
+    from tests.tiny_models import random_ids, text_model
 
     plain = Batch(random_ids(12), random_ids(12, seed=1), (12,), ("",))
     everywhere_dense = text_model(layer_types=("full_attention",) * 3, mlp_layer_types=("dense",) * 3)
@@ -200,7 +200,7 @@ def test_losses_without_a_layer_for_them_are_refused(batch: Batch) -> None:
 
 def test_attention_is_dense_while_the_alignment_is(batch: Batch) -> None:
     """Aligned over all keys under sparse attention, the indexer would learn from a teacher it already bent."""
-    from tiny_models import random_ids, text_model
+    from tests.tiny_models import random_ids, text_model
 
     ids = random_ids(60)
     plain = Batch(ids, ids.roll(-1), (60,), ("",))
@@ -213,10 +213,9 @@ def test_attention_is_dense_while_the_alignment_is(batch: Batch) -> None:
 
 
 def test_recall_is_the_share_of_dense_attention_inside_the_chosen_blocks() -> None:
-    from tiny_models import random_ids, text_model
-
     from minim3.kernels.reference import selected_keys_mask
     from minim3.model.batch import ForwardBatch, ForwardRecord
+    from tests.tiny_models import random_ids, text_model
 
     model = text_model(seed=3, num_mtp_modules=1)
     lengths = (30, 6, 24)

@@ -226,7 +226,7 @@ def test_losses_that_the_model_cannot_give_are_refused(batch: Batch) -> None:
     from training_standins import toy_model_config
 
     from minim3.config import config_from_dict
-    from minim3.training.trainer import MiniMaxM3SparseForConditionalGeneration
+    from minim3.model.causal_lm import MiniMaxM3SparseForConditionalGeneration
 
     config = toy_model_config()
     config["text_config"]["num_mtp_modules"] = 0

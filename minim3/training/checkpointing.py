@@ -33,7 +33,7 @@ def checkpoint_activations(model: nn.Module) -> None:
 def _run_layer(forward: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(*inputs)
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(forward, *inputs, use_reentrant=False)
 
 
 def _run_block(
@@ -51,4 +51,4 @@ def _run_block(
         again = ForwardRecord(indexer_kl=[] if kept_losses else None, choices=choices)
         return forward(x, record=next(records, again), **options)
 
-    return checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(run, x, use_reentrant=False)
