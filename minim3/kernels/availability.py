@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 TRITON_OPS = (
+    "block_sparse_attention",
     "block_sparse_attention_paged",
     "paged_attention",
     "select_blocks",
     "select_blocks_paged",
+    "varlen_attention",
 )  # fmt: skip
 """Ops that have Triton kernels."""
 

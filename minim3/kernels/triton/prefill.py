@@ -110,6 +110,9 @@ def _forward_kernel(
         first_key = tl.load(record + 2)
         num_keys = tl.load(record + 3).to(tl.int32)
         lowest = tl.load(record + 4).to(tl.int32) + start
+        if CAUSAL:
+            # What no query of the tile sees is not read: it may hold anything.
+            num_keys = tl.minimum(num_keys, lowest + tl.minimum(TOKENS, num_queries))
         row = tl.arange(0, ROWS)
         token = row // GROUP
         head = kv_head * GROUP + row % GROUP
@@ -131,10 +134,9 @@ def _forward_kernel(
             base = 0
             if CAUSAL:
                 complete = tl.minimum(lowest + 1, num_keys) // KEYS
-                steps = (lowest + tl.minimum(TOKENS, num_queries) + KEYS - 1) // KEYS
             else:
                 complete = num_keys // KEYS
-                steps = (num_keys + KEYS - 1) // KEYS
+            steps = (num_keys + KEYS - 1) // KEYS
         for step in tl.range(0, complete):
             member = used
             place = step * KEYS
