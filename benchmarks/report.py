@@ -28,16 +28,21 @@ def machine() -> str:
 
 @dataclass(frozen=True)
 class Claim:
-    """One measured sentence. `bar` is the least value that passes; None for a figure that is only reported."""
+    """One measured sentence. `bar` is the least value that passes, or with `at_most` the largest; None for a figure
+    that is only reported."""
 
     claim: str
     bar: float | None
     measured: float
     unit: str
+    at_most: bool = False
 
     def row(self) -> dict[str, object]:
-        passed = None if self.bar is None else self.measured >= self.bar
-        return {**asdict(self), "pass": passed, "machine": machine()}
+        passed = None
+        if self.bar is not None:
+            passed = self.measured <= self.bar if self.at_most else self.measured >= self.bar
+        row = {name: value for name, value in asdict(self).items() if name != "at_most"}
+        return {**row, "pass": passed, "machine": machine()}
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
