@@ -105,7 +105,7 @@ class JsonlRecords:
         number, row = self._file_of(row)
         with self.paths[number].open("rb") as file:
             file.seek(int(self._indexes[number][0][row]))
-            line = file.readline()
+            line = file.readline().rstrip(b"\r\n")
         try:
             return json.loads(line)
         except (ValueError, RecursionError) as error:  # ValueError: malformed JSON or UTF-8
