@@ -71,7 +71,8 @@ def train(recipe: TrainingConfig, *, resume: bool = True) -> TrainingResult:
     output.mkdir(parents=True, exist_ok=True)
     device = prepare_device(recipe.device, recipe.threads)
     run = build_run(recipe, device)
-    model, optimizer, average = run.model, run.optimizer, run.average
+    model: Any = run.model
+    optimizer, average = run.optimizer, run.average
     saved = _resume(run, recipe, checkpoints)
     first = saved.step
     guard = SpikeGuard(recipe.spikes)
@@ -178,13 +179,13 @@ def build_run(recipe: TrainingConfig, device: torch.device) -> TrainingState:
         adapt(model, recipe.lora)
     freeze_parts(model, recipe.optim)
     optimizer = build_optimizer(model, recipe.optim)
-    if recipe.lora is not None:
-        return AdapterState.of(model, optimizer, recipe.optim.ema_decay)
-    average = MovingAverage(model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
     if recipe.model.checkpoint_activations:
         checkpoint_activations(model)
     if recipe.model.precision == "bf16":
         compute_in_bf16(model)
+    if recipe.lora is not None:
+        return AdapterState.of(model, optimizer, recipe.optim.ema_decay)
+    average = MovingAverage(model, recipe.optim.ema_decay) if recipe.optim.ema_decay else None
     return TrainingState(model, optimizer, average)
 
 
@@ -212,12 +213,13 @@ def check_vocabulary(model: Any, processor: Any) -> None:
 def export(run: TrainingState, recipe: TrainingConfig) -> Path:
     """Write model (averaged weights if the recipe keeps them) and processor as a checkpoint folder, or the adapter."""
     path = Path(recipe.export.path) if recipe.export.path else Path(recipe.output) / "export"
+    model: Any = run.model
     if run.average is not None:
         run.average.swap()
     if recipe.lora is None:
-        run.model.save_pretrained(path, format=recipe.export.format)
+        model.save_pretrained(path, format=recipe.export.format)
     else:
-        export_adapter(run.model, path, recipe.model.start_from)
+        export_adapter(model, path, recipe.model.start_from, recipe.lora)
     if run.average is not None:
         run.average.swap()
     if recipe.lora is not None:
