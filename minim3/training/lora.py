@@ -63,8 +63,8 @@ class AdapterState(TrainingState):
         return TrainingState(weights, self.optimizer, self.average)
 
 
-def export_adapter(model: nn.Module, path: Path, base: str | None) -> None:
+def export_adapter(model: nn.Module, path: Path, base: str | None, recipe: LoraRecipe) -> None:
     """Write the adapter as `base`'s (a folder is named by its whole path, so that it is found from anywhere)."""
     if base is not None and Path(base).is_dir():
         base = str(Path(base).resolve())
-    save_adapter(model, path, base=base)
+    save_adapter(model, path, base=base, naming=recipe.naming)

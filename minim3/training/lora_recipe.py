@@ -1,6 +1,7 @@
 """What a recipe says about an adapter; read without torch, as all recipes are."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -9,7 +10,8 @@ class LoraRecipe:
 
     targets: what is adapted, as groups (attention, indexer, mlp, shared_experts, experts, projector, vision, lm_head,
     mtp) or ends of module names (self_attn.q_proj, layers.3.mlp.down_proj). The change is `alpha / rank * B @ A`,
-    with rslora `alpha / sqrt(rank) * B @ A`. dropout: on the input of A.
+    with rslora `alpha / sqrt(rank) * B @ A`. dropout: on the input of A. naming: of the modules in the exported files,
+    "released", or "transformers" for PEFT on its model, which fuses gate with up.
     """
 
     targets: tuple[str, ...] = ("attention", "mlp", "shared_experts", "experts")
@@ -17,6 +19,7 @@ class LoraRecipe:
     alpha: float = 32.0
     dropout: float = 0.0
     rslora: bool = False
+    naming: Literal["released", "transformers"] = "released"
 
     def __post_init__(self) -> None:
         if not self.targets:
