@@ -692,7 +692,7 @@ def test_train_passes_overrides_and_reports_the_signal(
     recipe.write_text("output: out\nsteps: 3\nmodel: {start_from: x}\ndata: {processor: p, sources: [{name: 'a:b'}]}\n")
     seen: list[Any] = []
 
-    def train(parsed: Any) -> trainer.TrainingResult:
+    def train(parsed: Any, *, resume: bool) -> trainer.TrainingResult:
         seen.append(parsed)
         return trainer.TrainingResult(1, signal.SIGINT if parsed.steps == 9 else None, None)
 

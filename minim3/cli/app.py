@@ -197,22 +197,26 @@ def convert(
 def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML file.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. optim.lr=1e-4")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest checkpoint of the output folder, or refuse a folder with one.")
+    ] = True,
+    export: Annotated[
+        bool, typer.Option("--export", help="Train no further: write the newest checkpoint in the released layout.")
+    ] = False,
+    format: Annotated[Format | None, typer.Option(help="The same as export.format=...")] = None,
     device: Annotated[str | None, typer.Option(metavar="NAME", help="The same as device=...")] = None,
     threads: Threads = None,
     seed: Seed = None,
     version: Version = False,
 ) -> None:
     """Train by a recipe; run again, it goes on."""
-    from minim3.training.config import load_recipe
+    from minim3.cli.train import run_train
 
-    options = {"device": device, "threads": threads, "seed": seed}
+    options = {"export.format": format and format.value, "device": device, "threads": threads, "seed": seed}
     given = [f"{name}={value}" for name, value in options.items() if value is not None]
-    parsed = load_recipe(recipe, [*(overrides or []), *given])
-    from minim3.training.trainer import train as run_training
-
-    result = run_training(parsed)
-    if result.stopped_by is not None:
-        raise typer.Exit(128 + result.stopped_by)
+    stopped_by = run_train(recipe, [*(overrides or []), *given], resume=resume, export=export)
+    if stopped_by is not None:
+        raise typer.Exit(128 + stopped_by)
 
 
 @app.command()

@@ -367,6 +367,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainingConf
         raise ValueError(f"no recipe at {path}")
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text file in UTF-8: {error}") from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else "its end"
+        raise ValueError(f"{path} is not valid YAML: {error.problem or error} at {place}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(document, dict):

@@ -236,10 +236,11 @@ def export_newest(recipe: TrainingConfig) -> tuple[int, Path]:
     Raises ValueError when the run has saved none.
     """
     checkpoints = Path(recipe.output) / "checkpoints"
+    if not find_checkpoints(checkpoints):
+        raise ValueError(f"nothing to export: {checkpoints} holds no checkpoint (is `output` the folder of the run?)")
     run = build_run(recipe, prepare_device(recipe.device, recipe.threads))
     saved = load_newest(checkpoints, run)
-    if saved is None:
-        raise ValueError(f"nothing to export: {checkpoints} holds no checkpoint (is `output` the folder of the run?)")
+    assert saved is not None
     return saved.step, export(run, recipe)
 
 
