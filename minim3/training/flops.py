@@ -12,7 +12,8 @@ from typing import Any
 
 from minim3.config import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig
 from minim3.training.config import LossRecipe
-from minim3.training.data import IGNORED, Batch
+from minim3.training.data import Batch
+from minim3.training.loss import LossCounts
 
 VISION = ("vision_tower.", "multi_modal_projector.", "patch_merge_mlp.")
 
@@ -64,15 +65,14 @@ def training_flops(model: Any, batch: Batch, recipe: LossRecipe) -> int:
     """Operations of forward and backward pass of `batch` (by what of `model` takes gradients), without the step."""
     shares = trained_shares(model)
     text = model.text_config
-    num_targets = int((batch.labels != IGNORED).sum())
     num_depths = len(model.text_model.mtp.layers) if recipe.mtp_weight and model.text_model.mtp is not None else 0
+    counts = LossCounts.of([batch], num_depths)
     flops = text_flops(
         text, batch.lengths, shares["text"], shares["indexer"] if recipe.indexer_kl_weight else Share(0.0, False),
         aligns=bool(recipe.indexer_kl_weight), attends_all=recipe.indexer_kl_form == "dense",
     )  # fmt: skip
-    flops += head_flops(text, num_targets, shares["head"])
+    flops += head_flops(text, counts.targets + sum(counts.draft_targets), shares["head"])
     if num_depths:
-        flops += num_depths * head_flops(text, num_targets, shares["head"])
         flops += mtp_flops(text, batch.lengths, num_depths, shares["mtp"], aligns=bool(recipe.indexer_kl_weight))
     for grid in (batch.image_grid_thw, getattr(batch, "video_grid_thw", None)):
         if grid is not None:
