@@ -5,7 +5,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ _FILE_TASKS = {"perplexity": "FILE", "choice": "FILE.jsonl", "exact": "FILE.json
 _OWN_TASKS = ("needle", "retrieval", POCKET)
 _EXACT_NEW_TOKENS = 256
 _NEEDLE_SAMPLES = 5
+# Long prompts share the cache: as many run at once as make so many tokens.
+_NEEDLE_TOKENS_AT_ONCE = 1 << 16
 _PROGRESS_SECONDS = 10.0
 
 
@@ -73,23 +75,22 @@ class EvalOptions:
 
 
 def run_eval(words: Sequence[str], load: LoadOptions, options: EvalOptions, json_file: Path | None) -> None:
-    """Runs tasks in turn: each result on stdout when it is there, all of them in `json_file` at the end."""
+    """Runs tasks in turn: each result on stdout, and those so far in `json_file`, when it is there."""
     source, tasks = split_words(words, load.model)
     for task in tasks:
         _check_file(task)
     _check_options(tasks, options)
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}")
-    load = LoadOptions(**{**vars(load), "model": source})
     # Greedy whatever the checkpoint says, so that a figure can be measured again.
-    session = Session(load, SamplingOptions(greedy=True, repetition_penalty=1.0))
+    session = Session(replace(load, model=source), SamplingOptions(greedy=True, repetition_penalty=1.0))
     rows = []
     for number, task in enumerate(tasks):
         result = _RUN[task.name](session, task, options)
         print("\n" * (number > 0) + "\n".join(result.lines()), flush=True)
         rows += [{**row, "model": source or POCKET} for row in result.rows()]
-    if json_file is not None:
-        json_file.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        if json_file is not None:
+            json_file.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def split_words(words: Sequence[str], model: str | None) -> tuple[str | None, list[Task]]:
@@ -222,6 +223,8 @@ def _run_needles(session: Session, task: Task, options: EvalOptions) -> TaskResu
     depths = options.depths or DEPTHS
     num_samples = options.limit or _NEEDLE_SAMPLES
     thinking = options.thinking or "disabled"
+    if options.batch_size is None:
+        options = replace(options, batch_size=max(1, min(BATCH_SIZE, _NEEDLE_TOKENS_AT_ONCE // max(lengths))))
     maker = NeedleMaker(session.processor, num_keys, raw=options.raw, thinking=thinking)
     for length in lengths:  # a length without room is found before the first minutes are spent
         maker.make(length, depths[0], "room")

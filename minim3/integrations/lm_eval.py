@@ -10,10 +10,13 @@ or the harness's own command line with that name registered:
 Needs `pip install 'minim3[eval]'`.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 try:
     from lm_eval import utils
@@ -22,6 +25,7 @@ try:
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.models.utils import normalize_gen_kwargs, postprocess_generated_text
     from lm_eval.tasks import TaskManager
+    from tqdm import tqdm
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "lm_eval":
         raise
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 
     from minim3.model.causal_lm import CausalLM
 
+logger = logging.getLogger(__name__)
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
@@ -55,7 +60,8 @@ class MiniMaxM3LM(TemplateLM):  # type: ignore[misc]
         max_gen_toks: tokens to generate where a task does not say.
         thinking_mode: with `apply_chat_template`: enabled, adaptive, or (default) disabled, where the answer follows
             the prompt at once. Thoughts are no part of an answer.
-        dtype, device, quantization: see `minim3.load`.
+        dtype, quantization: see `minim3.load`. device: None is the first GPU, else the CPU. The harness's command line
+            says "cuda" unless told otherwise; where there is none that is the CPU too, with a line in the log.
     """
 
     def __init__(
@@ -75,7 +81,7 @@ class MiniMaxM3LM(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if pretrained is None or isinstance(pretrained, (str, Path)):
             self.model, self.processor = load(
-                pretrained, None if dtype == "auto" else dtype, device, quantization=quantization,
+                pretrained, None if dtype == "auto" else dtype, _device(device), quantization=quantization,
                 require_tokenizer=True,
             )  # fmt: skip
             self.model.pack_for_inference()
@@ -135,7 +141,10 @@ class MiniMaxM3LM(TemplateLM):  # type: ignore[misc]
                 )
             room = self.max_length + 1 - len(continuation)
             pairs.append(Pair(context[-room:], continuation))
-        scores = loglikelihoods(self.model, pairs, batch_size=self.batch_size)
+        scores = tqdm(
+            loglikelihoods(self.model, pairs, batch_size=self.batch_size), total=len(pairs), disable=disable_tqdm,
+            desc="Running loglikelihood requests",
+        )  # fmt: skip
         found = []
         for (text, _context, _continuation), score in zip(requests, scores, strict=True):
             found.append((score.logprob, score.is_greedy))
@@ -146,13 +155,13 @@ class MiniMaxM3LM(TemplateLM):  # type: ignore[misc]
     def loglikelihood_rolling(self, requests: "list[Instance]", disable_tqdm: bool = False) -> list[float]:
         """Each text whole, in windows of `max_length` that do not overlap but for one token."""
         totals = []
-        for (text,) in (request.args for request in requests):
+        for (text,) in tqdm([request.args for request in requests], disable=disable_tqdm, desc="Running texts"):
             windows = utils.get_rolling_token_windows(
                 token_list=self.tok_encode(text), prefix_token=self.prefix_token_id, max_seq_len=self.max_length,
                 context_len=1,
             )  # fmt: skip
             parts = [(None, *utils.make_disjoint_window(window)) for window in windows]
-            totals.append(sum(logprob for logprob, _ in self._loglikelihood_tokens(parts)))
+            totals.append(sum(logprob for logprob, _ in self._loglikelihood_tokens(parts, disable_tqdm=True)))
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
         return totals
 
@@ -175,7 +184,9 @@ class MiniMaxM3LM(TemplateLM):  # type: ignore[misc]
             )  # fmt: skip
             ids = (self.tok_encode(context) or [self.prefix_token_id])[new_tokens - self.max_length :]
             running.append(engine.add_request(ids, params, detokenizer=IncrementalDetokenizer(tokenizer)))
-        engine.run()
+        with tqdm(total=len(running), disable=disable_tqdm, desc="Running generate_until requests") as bar:
+            for event in engine.stream():
+                bar.update(event.finish_reason is not None)
         answers = []
         end_think = tokenizer.token_to_id(END_THINK)
         for request, (context, given) in zip(running, (request.args for request in requests), strict=True):
@@ -187,6 +198,15 @@ class MiniMaxM3LM(TemplateLM):  # type: ignore[misc]
             answers.append(answer)
             self.cache_hook.add_partial("generate_until", (context, given), answer)
         return answers
+
+
+def _device(name: str | None) -> str:
+    if torch.cuda.is_available():
+        return name or "cuda"
+    if name is not None and name.startswith("cuda"):
+        logger.warning("there is no CUDA device here: the model runs on the CPU")
+        return "cpu"
+    return name or "cpu"
 
 
 def run_task(
