@@ -239,7 +239,13 @@ def indexer_kl(
     _check_heads(q, k.shape[1], block_indices)
     if index_q.shape[1] != k.shape[1]:
         raise ValueError(f"{index_q.shape[1]} index heads for {k.shape[1]} KV heads; the indexer needs one per KV head")
-    return _function(implementation, "indexer_kl", q)(
+    return _function(
+        implementation, "indexer_kl", q,
+        lambda: availability.why_not_alignment(
+            q, k, index_q, index_k, None if block_indices is None else block_size,
+            1 if block_indices is None else block_indices.shape[-1], scale, index_scale,
+        ),
+    )(
         q, k, index_q, index_k, block_indices, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, block_size=block_size,
         scale=scale, index_scale=index_scale,
     )  # fmt: skip

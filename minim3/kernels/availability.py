@@ -13,6 +13,7 @@ from torch import Tensor
 TRITON_OPS = (
     "block_sparse_attention",
     "block_sparse_attention_paged",
+    "indexer_kl",
     "paged_attention",
     "select_blocks",
     "select_blocks_paged",
@@ -22,7 +23,7 @@ TRITON_OPS = (
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_SIZES = (16, 32, 64, 128)
-_MOST_DIM = 256
+_MOST_DIM = 128
 _MOST_GROUP = 128
 _MOST_INDEX_HEADS = 32
 _MOST_TOPK = 128
@@ -61,7 +62,7 @@ def _why_no_cuda() -> str | None:
 def why_not_attention(q: Tensor, k: Tensor, v: Tensor, block_size: int | None, topk: int, scale: float | None) -> (
     str | None
 ):  # fmt: skip
-    """Why attention of these shapes has no Triton kernel, or None."""
+    """Why attention of these shapes has no Triton kernel, or None; `block_size` None: dense."""
     group = q.shape[1] // k.shape[1]
     if not q.dtype == k.dtype == v.dtype:
         return f"q, k and v must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}"
@@ -71,7 +72,7 @@ def why_not_attention(q: Tensor, k: Tensor, v: Tensor, block_size: int | None, t
 
 
 def why_not_selection(
-    index_q: Tensor, index_k: Tensor, block_size: int, topk: int, scale: float | None
+    index_q: Tensor, index_k: Tensor, block_size: int | None, topk: int, scale: float | None
 ) -> str | None:
     """Why a selection of these shapes has no Triton kernel, or None."""
     if index_q.dtype != index_k.dtype:
@@ -79,6 +80,16 @@ def why_not_selection(
     if index_q.shape[1] > _MOST_INDEX_HEADS:
         return f"{index_q.shape[1]} index heads; at most {_MOST_INDEX_HEADS} are supported"
     return _why_not_sizes(index_q.shape[-1], block_size, topk, scale)
+
+
+def why_not_alignment(
+    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, block_size: int | None, topk: int, scale: float | None,
+    index_scale: float | None,
+) -> str | None:  # fmt: skip
+    """Why an alignment loss of these shapes has no Triton kernel, or None."""
+    return why_not_attention(q, k, index_k, block_size, topk, scale) or why_not_selection(
+        index_q, index_k, block_size, topk, index_scale
+    )
 
 
 def _why_not_sizes(dim: int, block_size: int | None, topk: int, scale: float | None) -> str | None:

@@ -3,6 +3,7 @@
 Imported only where asked for. With TRITON_INTERPRET=1 in the environment they run, slowly, on tensors of the CPU.
 """
 
+from minim3.kernels.triton.alignment import indexer_kl
 from minim3.kernels.triton.attention import block_sparse_attention, varlen_attention
 from minim3.kernels.triton.paged import block_sparse_attention_paged, paged_attention
 from minim3.kernels.triton.select import select_blocks, select_blocks_paged
@@ -10,6 +11,7 @@ from minim3.kernels.triton.select import select_blocks, select_blocks_paged
 __all__ = [
     "block_sparse_attention",
     "block_sparse_attention_paged",
+    "indexer_kl",
     "paged_attention",
     "select_blocks",
     "select_blocks_paged",

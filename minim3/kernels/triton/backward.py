@@ -234,7 +234,7 @@ def backward(
     tiles = Tiles(q, k, block_indices, layout, page_table=None, block_size=block_size, causal=causal)
     _query_kernel[tiles.grid](
         q, k, v, grad_out, lse, delta, grad_q, scale=scale, scale_log2=scale * LOG2_E, LOG2E=LOG2_E,
-        num_warps=4 if tiles.rows <= 64 else 8, num_stages=2, **tiles.arguments,
+        num_warps=4 if tiles.rows <= 64 else 8, num_stages=min(tiles.stages, 2), **tiles.arguments,
     )  # fmt: skip
     heads = k.shape[1]
     if block_indices is None:
@@ -253,7 +253,8 @@ def key_gradients(
     heads, dim, group = k.shape[1], k.shape[2], q.shape[1] // k.shape[1]
     block_d = max(power_of_two(dim), 16)
     parts = torch.empty(lists.segments.shape[0], 2, block_size, dim, dtype=torch.float32, device=k.device)
-    tokens = max(1, _LIST_ROWS // group)
+    fp32 = q.dtype == torch.float32
+    tokens = max(1, (_LIST_ROWS // 2 if fp32 else _LIST_ROWS) // group)
     shape = {"COLUMNS": COLUMNS, "KV_HEADS": heads, "D": dim, "BLOCK_D": block_d, "KEYS": block_size}
     _key_kernel[lists.segments.shape[0],](
         q, k, v, grad_out, lse, delta, parts, layout.table, lists.starts if lists.tokens is None else lists.tokens,
@@ -261,7 +262,7 @@ def key_gradients(
         stride_q=q.stride(0), stride_q_head=q.stride(1), stride_k=k.stride(0), stride_k_head=k.stride(1), scale=scale,
         scale_log2=scale * LOG2_E, GROUP=group, TOKENS=tokens, ROWS=max(16, tokens * group),
         SEGMENT=query_lists.SEGMENT, CAUSAL=causal, LISTED=lists.tokens is not None, PRECISION=precision(q.dtype),
-        LOG2E=LOG2_E, num_warps=8, num_stages=2, **shape,
+        LOG2E=LOG2_E, num_warps=8, num_stages=1 if fp32 else 2, **shape,
     )  # fmt: skip
     some = min(block_size, 32)
     _sum_kernel[lists.counts.shape[0], block_size // some](

@@ -21,6 +21,7 @@ from minim3.kernels.triton.keys import (
     precision,
     row_offsets,
     rows_contiguous,
+    stages,
 )
 from minim3.kernels.triton.layout import Layout
 from minim3.kernels.triton.prefill import load_keys, load_rows
@@ -161,7 +162,8 @@ def decode(
         stride_q_head=q.stride(1), stride_blocks=ids.stride(0), stride_blocks_head=ids.stride(1) if sparse else 0,
         scale_log2=scale * LOG2_E, steps_per_split=per_split, COLUMNS=layout.table.shape[1], KV_HEADS=kv_heads,
         GROUP=group, ROWS=max(16, group), D=dim, BLOCK_D=block_d, KEYS=keys, STEPS=steps, TOPK=topk, SPLITS=splits,
-        SPARSE=sparse, PRECISION=precision(q.dtype), num_warps=4, num_stages=3,
+        SPARSE=sparse, PRECISION=precision(q.dtype), num_warps=4,
+        num_stages=stages(2 * keys * block_d * q.element_size(), 3),
         **Pages(k_pages, page_table, keys).arguments,
     )  # fmt: skip
     _merge_kernel[queries * heads,](

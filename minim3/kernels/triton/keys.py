@@ -75,6 +75,15 @@ class Pages:
         }  # fmt: skip
 
 
+def stages(bytes_each: int, most: int) -> int:
+    """How many loads of so many bytes are under way at once: as many as leave room in shared memory, fp32 fewer."""
+    return max(1, min(most, _STAGED_BYTES // bytes_each))
+
+
+_STAGED_BYTES = 128 << 10
+"""Of the 163 KiB (A100) or 227 KiB (H100) a program may have."""
+
+
 def precision(dtype: torch.dtype) -> str:
     """Products of fp32 are exact products: no silent tf32."""
     return "ieee" if dtype == torch.float32 else "tf32"

@@ -23,6 +23,7 @@ from minim3.kernels.triton.keys import (
     precision,
     row_offsets,
     rows_contiguous,
+    stages,
 )
 from minim3.kernels.triton.layout import Layout
 from minim3.kernels.triton.union import Union, make_union, most_tokens
@@ -31,6 +32,9 @@ SPARSE_ROWS = 64
 """Rows (tokens times query heads of a group) of a sparse tile: more share keys better, and share fewer blocks."""
 
 DENSE_ROWS = 128
+
+SPARSE_KEYS = 64
+"""Keys of a block taken at once."""
 
 
 @triton.jit
@@ -183,19 +187,24 @@ class Tiles:
         heads, dim = k.shape[1], q.shape[2]
         group = q.shape[1] // heads
         sparse = block_indices is not None
-        rows = (SPARSE_ROWS if sparse else DENSE_ROWS) if rows is None else rows
+        if rows is None:
+            rows = SPARSE_ROWS if sparse or q.dtype == torch.float32 else DENSE_ROWS
         longest = max(s.num_queries for s in layout.spans) if layout.spans else q.shape[0]
         self.tokens = max(1, min(rows // group, power_of_two(longest)))
         if block_indices is not None:
             self.tokens = min(self.tokens, most_tokens(block_indices.shape[2]))
         self.rows = max(16, self.tokens * group)
         self.table = layout.tiles(self.tokens)
-        keys = min(block_size, 128)
+        if q.dtype == torch.float32:
+            keys = min(block_size, 32)
+        else:
+            keys = min(block_size, SPARSE_KEYS)
         self.union: Union | None = None
         if block_indices is not None:
             self.union = make_union(block_indices, layout, self.tokens, block_size)
         self.grid = (self.table.shape[0], heads)
         ids, members, counts = (self.table,) * 3 if self.union is None else self.union
+        self.stages = stages(2 * keys * max(power_of_two(dim), 16) * q.element_size(), 3)
         self.arguments: dict[str, Any] = {
             "sequences": layout.table, "tiles": self.table, "union_ids": ids, "union_members": members,
             "union_counts": counts, "stride_q": q.stride(0), "stride_q_head": q.stride(1),
@@ -226,6 +235,6 @@ def forward(
         )
         _forward_kernel[tiles.grid](
             q, k, v, out, lse, scale_log2=scale * LOG2_E, LN2=LN_2, num_warps=4 if tiles.rows <= 64 else 8,
-            num_stages=2, **tiles.arguments,
+            num_stages=tiles.stages, **tiles.arguments,
         )  # fmt: skip
     return out, lse

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minim3.kernels.portable.plan import PagedPlan
 from minim3.kernels.sequences import Lengths, check_selection
-from minim3.kernels.triton.keys import Pages, key_offsets, power_of_two, precision, row_offsets, rows_contiguous
+from minim3.kernels.triton.keys import Pages, key_offsets, power_of_two, precision, row_offsets, rows_contiguous, stages
 from minim3.kernels.triton.layout import Layout, packed_layout, paged_layout
 
 _TABLE_SCORES = 1 << 27
@@ -251,7 +251,8 @@ class _Table:
         self.heads_padded = power_of_two(self.heads)
         tokens_each = -(-index_q.shape[0] // max(layout.table.shape[0], 1))
         # Few queries a sequence: as few rows as a product takes. Many: 128 rows, so that keys are read seldom.
-        rows = 16 if tokens_each * self.heads_padded <= 16 else 64 if tokens_each * self.heads_padded <= 64 else 128
+        wanted = tokens_each * self.heads_padded
+        rows = 16 if wanted <= 16 else 64 if wanted <= 64 or index_q.dtype == torch.float32 else 128
         self.tokens = max(rows // self.heads_padded, 1)
         self.rows = max(self.tokens * self.heads_padded, 16)
         self.block_size = block_size
@@ -274,12 +275,14 @@ class _Table:
         scores = torch.empty(self.blocks, count * self.rows, dtype=torch.float32, device=self.q.device)
         splits = min(-(-_PROGRAMS // count), self.blocks)
         blocks_per_split = -(-self.blocks // splits)
+        block_d = max(power_of_two(self.dim), 16)
         _score_kernel[count, -(-self.blocks // blocks_per_split)](
             self.q, self.keys, scores, self.layout.table, self.tiles, stride_q=self.q.stride(0),
             stride_q_head=self.q.stride(1), scale=scale, num_rows=scores.shape[1], first_tile=first,
-            blocks_per_split=blocks_per_split, ROWS=self.rows, D=self.dim, BLOCK_D=max(power_of_two(self.dim), 16),
+            blocks_per_split=blocks_per_split, ROWS=self.rows, D=self.dim, BLOCK_D=block_d,
             ENOUGH=enough, LSE=lse, PRECISION=precision(self.q.dtype), num_warps=8 if self.rows >= 128 else 4,
-            num_stages=3, **self.pages.arguments, **self.shape,
+            num_stages=stages(self.block_size * block_d * self.q.element_size(), 3), **self.pages.arguments,
+            **self.shape,
         )  # fmt: skip
         return scores
 
