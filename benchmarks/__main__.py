@@ -10,13 +10,14 @@ from benchmarks.report import print_table
 
 HERE = Path(__file__).parent
 NOT_BENCHMARKS = {"__init__", "__main__", "report"}
+HOURS = {"dense_to_sparse"}  # trainings, which are run by themselves
 
 
 def main() -> None:
     rows: list[dict[str, object]] = []
     failed = []
     names = [path.stem for path in sorted(HERE.glob("*.py"))]
-    scripts = [name for name in names if name not in NOT_BENCHMARKS and not name.startswith("gpu_")]
+    scripts = [name for name in names if name not in NOT_BENCHMARKS | HOURS and not name.startswith("gpu_")]
     for name in scripts:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "claims.json"
