@@ -20,6 +20,13 @@ from minim3.kernels.triton.prefill import Tiles, load_keys, load_rows
 _LIST_ROWS = 64
 """Rows (queries times heads of a group) that the gradient of keys takes at once."""
 
+QUERY_WARPS: int | None = None
+"""Warps of a program for the gradient of queries; None: by the size of the tile."""
+
+KEY_WARPS = 8
+KEY_STAGES = 2
+"""Warps of a program for the gradient of keys, and loads under way."""
+
 
 @triton.jit
 def _delta_kernel(out, grad, delta, num_rows, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -221,21 +228,16 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of packed q `[T, Hq, D]` and k, v `[S, Hkv, D]`, each in its own dtype; arguments as `forward` took."""
     grad_out = grad_out.contiguous()
-    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     grad_k = torch.empty(k.shape, dtype=k.dtype, device=k.device)
     grad_v = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     if not q.numel():
-        return grad_q, grad_k.zero_(), grad_v.zero_()
+        return torch.empty_like(q), grad_k.zero_(), grad_v.zero_()
     delta = torch.empty_like(lse)
     dim, block_d = q.shape[2], max(power_of_two(q.shape[2]), 16)
     _delta_kernel[-(-lse.numel() // 32),](
         out, grad_out, delta, num_rows=lse.numel(), ROWS=32, D=dim, BLOCK_D=block_d
     )
-    tiles = Tiles(q, k, block_indices, layout, page_table=None, block_size=block_size, causal=causal)
-    _query_kernel[tiles.grid](
-        q, k, v, grad_out, lse, delta, grad_q, scale=scale, scale_log2=scale * LOG2_E, LOG2E=LOG2_E,
-        num_warps=4 if tiles.rows <= 64 else 8, num_stages=min(tiles.stages, 2), **tiles.arguments,
-    )  # fmt: skip
+    grad_q = query_gradient(grad_out, q, k, v, lse, delta, block_indices, layout, block_size, scale, causal)
     heads = k.shape[1]
     if block_indices is None:
         lists = dense_lists(layout, heads, block_size, causal)
@@ -243,6 +245,20 @@ def backward(
         lists = sparse_lists(block_indices, layout, block_size)
     key_gradients(grad_k, grad_v, q, k, v, grad_out, lse, delta, lists, layout, block_size, scale, causal)
     return grad_q, grad_k, grad_v
+
+
+def query_gradient(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, block_indices: Tensor | None,
+    layout: Layout, block_size: int, scale: float, causal: bool,
+) -> Tensor:  # fmt: skip
+    """Gradient of `q`; `delta` `[T, Hq]`: the products of `out` and its gradient."""
+    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    tiles = Tiles(q, k, block_indices, layout, page_table=None, block_size=block_size, causal=causal)
+    _query_kernel[tiles.grid](
+        q, k, v, grad_out, lse, delta, grad_q, scale=scale, scale_log2=scale * LOG2_E, LOG2E=LOG2_E,
+        num_warps=QUERY_WARPS or (4 if tiles.rows <= 64 else 8), num_stages=min(tiles.stages, 2), **tiles.arguments,
+    )  # fmt: skip
+    return grad_q
 
 
 def key_gradients(
@@ -262,7 +278,7 @@ def key_gradients(
         stride_q=q.stride(0), stride_q_head=q.stride(1), stride_k=k.stride(0), stride_k_head=k.stride(1), scale=scale,
         scale_log2=scale * LOG2_E, GROUP=group, TOKENS=tokens, ROWS=max(16, tokens * group),
         SEGMENT=query_lists.SEGMENT, CAUSAL=causal, LISTED=lists.tokens is not None, PRECISION=precision(q.dtype),
-        LOG2E=LOG2_E, num_warps=8, num_stages=1 if fp32 else 2, **shape,
+        LOG2E=LOG2_E, num_warps=KEY_WARPS, num_stages=1 if fp32 else KEY_STAGES, **shape,
     )  # fmt: skip
     some = min(block_size, 32)
     _sum_kernel[lists.counts.shape[0], block_size // some](

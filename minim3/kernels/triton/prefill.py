@@ -36,6 +36,10 @@ DENSE_ROWS = 128
 SPARSE_KEYS = 64
 """Keys of a block taken at once."""
 
+WARPS: int | None = None
+STAGES: int | None = None
+"""Warps of a program and loads under way; None: by the size of the tile."""
+
 
 @triton.jit
 def load_rows(pointer, offsets, used, D: tl.constexpr, BLOCK_D: tl.constexpr):
@@ -234,7 +238,7 @@ def forward(
             q, k, block_indices, layout, page_table=page_table, block_size=block_size, causal=causal, rows=rows
         )
         _forward_kernel[tiles.grid](
-            q, k, v, out, lse, scale_log2=scale * LOG2_E, LN2=LN_2, num_warps=4 if tiles.rows <= 64 else 8,
-            num_stages=tiles.stages, **tiles.arguments,
+            q, k, v, out, lse, scale_log2=scale * LOG2_E, LN2=LN_2,
+            num_warps=WARPS or (4 if tiles.rows <= 64 else 8), num_stages=STAGES or tiles.stages, **tiles.arguments,
         )  # fmt: skip
     return out, lse
