@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import minim3.pocket
 from minim3.config import MiniMaxM3VLConfig
 from minim3.model.causal_lm import MiniMaxM3SparseForConditionalGeneration
-from minim3.pocket import evaluate, questions, text_tasks, warmup, wordings, world
+from minim3.pocket import evaluate, questions, text_tasks, tool_tasks, warmup, wordings, world
 from minim3.pocket.questions import KINDS, Look, Question, is_right
 from minim3.pocket.source import Group, PocketSource, Sample
 from minim3.pocket.text_tasks import TEXT_KINDS
@@ -47,7 +47,9 @@ def scene_of(*objects: SceneObject) -> Scene:
 
 
 def text_of(message: dict) -> str:
-    return message["content"] if isinstance(message["content"], str) else message["content"][-1]["text"]
+    if isinstance(message["content"], list):
+        return message["content"][-1]["text"]
+    return message["content"] or ""
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -231,7 +233,8 @@ def test_only_the_whole_right_answer_counts() -> None:
 
 
 def test_every_kind_has_wordings_enough_and_held_out_ones_bring_no_new_word() -> None:
-    everything = {**wordings.PICTURE_WORDINGS, **wordings.TEXT_WORDINGS}
+    requests = {f"tool {sort.key}": sort.requests for sort in tool_tasks.SORTS}
+    everything = {**wordings.PICTURE_WORDINGS, **wordings.TEXT_WORDINGS, **wordings.CLIP_WORDINGS, **requests}
     trained_words = {
         word
         for group in everything.values()
@@ -374,17 +377,19 @@ def test_a_group_depends_on_seed_and_number_alone() -> None:
 
 
 def test_conversations_alternate_and_show_their_picture_once() -> None:
-    groups = [PocketSource().group(index) for index in range(60)]
+    groups = [PocketSource().group(index) for index in range(80)]
     for group in groups:
         for sample in group.samples:
-            assert [message["role"] for message in sample.messages] == ["user", "assistant"] * (
-                len(sample.messages) // 2
-            )
-            parts = [m["content"] for m in sample.messages if not isinstance(m["content"], str)]
-            assert len(parts) == len(sample.image_indices) == len(group.images)
-            assert all([part["type"] for part in content] == ["image", "text"] for content in parts)
+            roles = [message["role"] for message in sample.messages if message["role"] != "tool"]
+            roles = [role for number, role in enumerate(roles) if number == 0 or role != roles[number - 1]]
+            assert roles == ["user", "assistant"] * (len(roles) // 2)
+            parts = [m["content"] for m in sample.messages if isinstance(m["content"], list)]
+            assert len(parts) == len(sample.image_indices) + len(sample.video_indices)
+            assert (len(sample.image_indices), len(sample.video_indices)) == (len(group.images), len(group.videos))
+            shown = "image" if group.images else "video"
+            assert all([part["type"] for part in content] == [shown, "text"] for content in parts)
     kinds = Counter(sample.kind for sample in samples_of(groups))
-    assert {"picture", "where", "copy", "lookup", "sum"} <= set(kinds)
+    assert {"picture", "clip", "tools", "copy", "lookup", "sum"} <= set(kinds)
     texts = [text_of(message) for sample in samples_of(groups) for message in sample.messages[:-2]]
     assert not any(text in wordings.DESCRIBE_WORDINGS["left_to_right"] for text in texts), "later answers read it off"
     turns = [sum(len(sample.messages) // 2 for sample in group.samples) for group in groups if group.images]
@@ -394,25 +399,37 @@ def test_conversations_alternate_and_show_their_picture_once() -> None:
 def test_training_never_shows_what_is_held_out() -> None:
     source = PocketSource(seed=1, untidy_fraction=0.0)
     held_out_texts = []
-    for group in (*wordings.PICTURE_WORDINGS.values(), *wordings.TEXT_WORDINGS.values()):
+    requests = [sort.requests for sort in tool_tasks.SORTS]
+    asked = {**wordings.PICTURE_WORDINGS, **wordings.TEXT_WORDINGS, **wordings.CLIP_WORDINGS}
+    for group in (*asked.values(), *requests):
         held_out_texts += [re.sub(r"\\\{\w+\\\}", ".+", re.escape(text)) for text in group.held_out]
     # A held-out wording that another kind's trained wording spells by chance would be flagged here too.
     pattern = re.compile("|".join(held_out_texts), re.DOTALL)
     pairs = re.compile("|".join(rf"\b{colour} {shape}" for colour, shape in HELD_OUT_PAIRS))
-    for sample in samples_of([source.group(index) for index in range(250)]):
+    names = {sort.held_out_name for sort in tool_tasks.SORTS}
+    for sample in samples_of([source.group(index) for index in range(300)]):
+        assert not names & {tool["function"]["name"] for tool in sample.tools or ()}
         for message in sample.messages:
+            assert not pairs.search(message.get("reasoning_content", ""))
             assert not pairs.search(text_of(message))
             if message["role"] == "user":
                 assert not pattern.fullmatch(text_of(message)), text_of(message)
 
 
 def test_weights_choose_the_kinds() -> None:
-    only = PocketSource(text_fraction=1.0, text_weights={"sum": 1.0})
+    only = PocketSource(group_weights={"text": 1.0}, text_weights={"sum": 1.0})
     assert {sample.kind for sample in samples_of([only.group(index) for index in range(10)])} == {"sum"}
     with pytest.raises(ValueError, match="text_weights"):
         PocketSource(text_weights={"song": 1.0})
     with pytest.raises(ValueError, match="kind_weights"):
         PocketSource(kind_weights={"colour": -1.0})
+    with pytest.raises(ValueError, match="group_weights"):
+        PocketSource(group_weights={"pictures": 1.0})
+    thinking = PocketSource(thinking_weights={"enabled": 1.0})
+    for sample in samples_of([thinking.group(index) for index in range(20)]):
+        assert sample.thinking_mode == "enabled"
+        turns = [message for message in sample.messages if message["role"] == "assistant"]
+        assert all(message["reasoning_content"].strip() for message in turns), "a turn without a thought"
 
 
 @given(seeds)

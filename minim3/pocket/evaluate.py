@@ -1,11 +1,14 @@
-"""How well a model answers in pocket's world: fresh pictures and text tasks, counted by kind.
+"""How well a model answers in pocket's world: fresh pictures, text tasks, clips, tools and thinking, counted by kind.
 
-`evaluate` asks any function that answers questions, so that whatever can talk can be measured. From the command line,
-`python -m minim3.pocket.evaluate` asks a checkpoint (greedy) and prints its report as JSON on the last line.
+`evaluate` asks any function that answers questions, so that whatever can talk can be measured; clips, conversations
+with tools and the modes of thinking (dialogue_cases.py) are asked of a function that gives replies (replies.py). From
+the command line, `python -m minim3.pocket.evaluate` asks a checkpoint (greedy) and prints its report as JSON on the
+last line.
 
 The questions are fresh: evaluation draws from a stream of random numbers that training never draws from, at any seed.
 Of the picture questions, 70% are of the kind training shows, 15% come in a held-out wording, and 15% are about a
-held-out pair of colour and shape; kinds are balanced within each of the three.
+held-out pair of colour and shape; kinds are balanced within each of the three. Pictures and text tasks are the same
+for a seed whatever else is asked.
 """
 
 import argparse
@@ -20,7 +23,15 @@ from typing import Any
 
 import numpy as np
 
+from minim3.pocket.dialogue_cases import (
+    DialogueCase,
+    fresh_clip_questions,
+    fresh_thinking_tasks,
+    fresh_tool_tasks,
+    reply_words,
+)
 from minim3.pocket.questions import KINDS, Question, ask, is_right
+from minim3.pocket.replies import Reply, ReplyFunction, model_replies
 from minim3.pocket.source import EVALUATION_STREAM
 from minim3.pocket.text_tasks import TEXT_KINDS, ask_text
 from minim3.pocket.world import Scene, draw, random_scene
@@ -31,7 +42,12 @@ _PICTURE_ROUND = ("trained",) * 14 + ("held_out_wording",) * 3 + ("held_out_pair
 _TEXT_ROUND = ("trained",) * 4 + ("held_out_wording",)
 
 # In percent, points for `max_drop`: what pocket has to reach.
-BARS = {"picture": 92.0, "kind": 80.0, "relation": 70.0, "text": 95.0, "max_drop": 8.0}
+BARS = {
+    "pictures": 95.0, "kind": 80.0, "relation": 85.0, "max_drop": 8.0, "text": 95.0, "clips": 85.0, "tools": 90.0,
+    "well_formed": 99.0, "drafts": 60.0,
+}  # fmt: skip
+PARTS = ("pictures", "text", "clips", "tools", "thinking")
+_FRESH_DIALOGUES = {"clips": fresh_clip_questions, "tools": fresh_tool_tasks, "thinking": fresh_thinking_tasks}
 
 Prompt = tuple[np.ndarray | None, str]
 AnswerFunction = Callable[[Sequence[Prompt]], Sequence[str]]
@@ -108,22 +124,46 @@ def score(cases: Sequence[Case], answers: Sequence[str]) -> dict[str, Any]:
     if len(cases) != len(answers):
         raise ValueError(f"{len(answers)} answers for {len(cases)} questions: one answer is needed for each")
     right = [is_right(case.question, answer) for case, answer in zip(cases, answers)]
-    mistakes = (
+    mistakes = [
         {"question": case.question.text, "expected": case.question.answer, "answer": answer}
-        for case, answer, is_good in zip(cases, answers, right)
-        if not is_good
-    )
+        for case, answer in zip(cases, answers)
+    ]
+    names = {
+        "by_kind": [case.question.kind for case in cases],
+        "by_group": [case.group for case in cases],
+        "by_form": [case.question.form for case in cases],
+    }
+    return _score(right, names, mistakes)
+
+
+def score_replies(cases: Sequence[DialogueCase], replies: Sequence[Reply]) -> dict[str, Any]:
+    """The same for conversations, and under "well_formed" the share of replies whose thinking block is."""
+    if len(cases) != len(replies):
+        raise ValueError(f"{len(replies)} replies for {len(cases)} conversations: one reply is needed for each")
+    right = [case.is_right(reply) for case, reply in zip(cases, replies)]
+    mistakes = [
+        {"question": case.messages[-1]["content"], "expected": case.expected(), "answer": reply_words(reply)}
+        for case, reply in zip(cases, replies)
+    ]
+    names = {"by_kind": [case.kind for case in cases], "by_group": [case.group for case in cases], "by_form": []}
+    return {**_score(right, names, mistakes), "well_formed": _accuracy([reply.well_formed for reply in replies])}
+
+
+def _score(right: Sequence[bool], names: dict[str, list[str]], mistakes: Sequence[dict[str, str]]) -> dict[str, Any]:
+    wrong = (mistake for mistake, is_good in zip(mistakes, right) if not is_good)
     return {
         **_accuracy(right),
-        "by_kind": _by_name((case.question.kind for case in cases), right),
-        "by_group": _by_name((case.group for case in cases), right),
-        "by_form": _by_name((case.question.form for case in cases), right),
-        "wrong": list(islice(mistakes, 20)),
+        **{by: _by_name(found, right) for by, found in names.items()},
+        "wrong": list(islice(wrong, 20)),
     }
 
 
 def _accuracy(right: Sequence[bool]) -> dict[str, Any]:
-    return {"accuracy": round(100 * sum(right) / len(right), 2) if right else None, "num": len(right)}
+    return _share(sum(right), len(right))
+
+
+def _share(number: int, of: int) -> dict[str, Any]:
+    return {"accuracy": round(100 * number / of, 2) if of else None, "num": of}
 
 
 def _by_name(names: Iterable[str], right: Sequence[bool]) -> dict[str, dict[str, Any]]:
@@ -139,15 +179,33 @@ def evaluate(
     seed: int = 0,
     *,
     num_text_tasks: int = 900,
+    reply_fn: ReplyFunction | None = None,
+    num_clips: int = 700,
+    num_tools: int = 500,
+    num_thinking: int = 400,
     batch_size: int = 50,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Asks `n` picture questions and `num_text_tasks` text tasks, `batch_size` at a time, and scores the answers.
 
-    `answer_fn` gets (picture or None, text) pairs and returns as many strings. `progress(done, all)` is called after
-    each batch. Returns {"pictures": ..., "text": ..., "claims": ...}: two scores (see `score`) and `claims` of them.
+    `answer_fn` gets (picture or None, text) pairs and returns as many strings. With `reply_fn`, which gets dialogues
+    and returns as many replies, clips, tools and the modes of thinking are asked for too. `progress(done, all)` is
+    called after each batch. Returns {"pictures": ..., "text": ..., "claims": ...}, with `reply_fn` "clips", "tools",
+    "thinking" and "drafts" as well: scores (see `score` and `score_replies`), the share of drafts that the reply bears
+    out, and `claims` of them all.
     """
     pictures, texts = fresh_questions(seed, n), fresh_text_tasks(seed, num_text_tasks)
+    numbers = {"clips": num_clips, "tools": num_tools, "thinking": num_thinking}
+    dialogues = {part: fresh(seed, numbers[part]) for part, fresh in _FRESH_DIALOGUES.items()} if reply_fn else {}
+    num_cases = len(pictures) + len(texts) + sum(map(len, dialogues.values()))
+    num_done = 0
+
+    def asked(number: int) -> None:
+        nonlocal num_done
+        num_done += number
+        if progress is not None:
+            progress(num_done, num_cases)
+
     cases, answers = pictures + texts, []
     for start in range(0, len(cases), batch_size):
         batch = cases[start : start + batch_size]
@@ -155,13 +213,25 @@ def evaluate(
         if len(got) != len(batch):
             raise ValueError(f"the answer function gave {len(got)} answers to {len(batch)} questions")
         answers += got
-        if progress is not None:
-            progress(len(answers), len(cases))
-    report = {
+        asked(len(batch))
+    report: dict[str, Any] = {
         "seed": seed,
         "pictures": score(pictures, answers[: len(pictures)]),
         "text": score(texts, answers[len(pictures) :]),
     }
+    every_reply: list[Reply] = []
+    for part, part_cases in dialogues.items():
+        assert reply_fn is not None
+        replies: list[Reply] = []
+        for start in range(0, len(part_cases), batch_size):
+            dialogue_batch = part_cases[start : start + batch_size]
+            replies += reply_fn([case.dialogue() for case in dialogue_batch])
+            asked(len(dialogue_batch))
+        report[part] = score_replies(part_cases, replies)
+        every_reply += replies
+    if reply_fn is not None:
+        drafted, borne_out = (sum(reply.drafts[side] for reply in every_reply) for side in (0, 1))
+        report["drafts"] = _share(borne_out, drafted)
     return {**report, "claims": claims(report)}
 
 
@@ -173,32 +243,45 @@ def claims(report: dict[str, Any]) -> list[dict[str, Any]]:
         if measured is not None:
             rows.append((claim, bar, measured, "%", measured >= bar))
 
-    for part, kind_bar in (("pictures", BARS["kind"]), ("text", None)):
-        result = report[part]
-        at_least(f"{part}: right answers", BARS["picture" if part == "pictures" else "text"], result["accuracy"])
-        if kind_bar is not None:
-            for kind, entry in result["by_kind"].items():
-                at_least(f"{part}: {kind}", BARS.get(kind, kind_bar), entry["accuracy"])
-            trained = result["by_group"].get("trained")
-            for group in GROUPS[1:]:
-                held_out = result["by_group"].get(group)
-                if trained and held_out:
-                    drop = round(trained["accuracy"] - held_out["accuracy"], 2)
-                    bar = BARS["max_drop"]
-                    rows.append((f"{part}: {group} below trained", bar, drop, "points", drop <= bar))
+    pictures = report["pictures"]
+    at_least("pictures: right answers", BARS["pictures"], pictures["accuracy"])
+    for kind, entry in pictures["by_kind"].items():
+        at_least(f"pictures: {kind}", BARS.get(kind, BARS["kind"]), entry["accuracy"])
+    trained = pictures["by_group"].get("trained")
+    for group in GROUPS[1:]:
+        held_out = pictures["by_group"].get(group)
+        if trained and held_out:
+            drop = round(trained["accuracy"] - held_out["accuracy"], 2)
+            rows.append(
+                (f"pictures: {group} below trained", BARS["max_drop"], drop, "points", drop <= BARS["max_drop"])
+            )
+    at_least("text: right answers", BARS["text"], report["text"]["accuracy"])
+    if "clips" in report:
+        at_least("clips: right answers", BARS["clips"], report["clips"]["accuracy"])
+        at_least("tools: right answers", BARS["tools"], report["tools"]["accuracy"])
+        calls = report["tools"]["by_kind"].get("call")
+        at_least("tools: calls valid and exact", BARS["tools"], calls and calls["accuracy"])
+        at_least("thinking: blocks well formed", BARS["well_formed"], report["thinking"]["well_formed"]["accuracy"])
+        at_least("first drafts accepted", BARS["drafts"], report["drafts"]["accuracy"])
     return [dict(zip(("claim", "bar", "measured", "unit", "pass"), row)) for row in rows]
 
 
 def table(report: dict[str, Any]) -> str:
     """The report as lines of text for a person."""
     lines = []
-    for part in ("pictures", "text"):
+    for part in PARTS:
+        if part not in report:
+            continue
         result = report[part]
         lines.append(f"{part:<28}{_cell(result)}")
         for by in ("by_kind", "by_form", "by_group"):
             for name, entry in result[by].items():
                 if by != "by_form" or name not in result["by_kind"]:
                     lines.append(f"  {name:<26}{_cell(entry)}")
+        if "well_formed" in result:
+            lines.append(f"  {'thinking well formed':<26}{_cell(result['well_formed'])}")
+    if "drafts" in report:
+        lines.append(f"{'first drafts accepted':<28}{_cell(report['drafts'])}")
     failed = [claim["claim"] for claim in report["claims"] if not claim["pass"]]
     lines.append("every bar is met" if not failed else "below the bar: " + "; ".join(failed))
     return "\n".join(lines)
@@ -248,6 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="checkpoint folder or hub id (default: pocket)")
     parser.add_argument("--num", type=int, default=4000, help="picture questions")
     parser.add_argument("--num-text", type=int, default=900, help="text tasks")
+    parser.add_argument("--num-clips", type=int, default=700, help="questions about clips")
+    parser.add_argument("--num-tools", type=int, default=500, help="conversations with tools")
+    parser.add_argument("--num-thinking", type=int, default=400, help="tasks under the modes of thinking")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--device", default=None)
@@ -264,6 +350,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.num,
         options.seed,
         num_text_tasks=options.num_text,
+        reply_fn=model_replies(model, processor),
+        num_clips=options.num_clips,
+        num_tools=options.num_tools,
+        num_thinking=options.num_thinking,
         batch_size=options.batch_size,
         progress=_progress_lines(),
     )

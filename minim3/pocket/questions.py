@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from minim3.pocket.reasoning import note, of_look, of_number, of_places, place_words
 from minim3.pocket.wordings import (
     COMPARISON_WORDS,
     DESCRIBE_WORDINGS,
@@ -22,7 +23,7 @@ from minim3.pocket.wordings import (
     RELATION_WORDS,
     Wordings,
 )
-from minim3.pocket.world import COLOURS, HELD_OUT_PAIRS, LATTICE, PICTURE_SIZE, SHAPES, SIZES, Scene, SceneObject
+from minim3.pocket.world import COLOURS, HELD_OUT_PAIRS, PICTURE_SIZE, SHAPES, SIZES, Scene, SceneObject
 
 T = TypeVar("T")
 
@@ -36,7 +37,10 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 
 @dataclass(frozen=True)
 class Question:
-    """`kind` is what is scored by, `form` the key of its wordings; the flags say what of it training never shows."""
+    """`kind` is what is scored by, `form` the key of its wordings; the flags say what of it training never shows.
+
+    `reasoning` is what one would note on the way to the answer; it is trained with thinking enabled, and not scored.
+    """
 
     kind: str
     form: str
@@ -44,6 +48,7 @@ class Question:
     answer: str
     held_out_wording: bool = False
     held_out_pair: bool = False
+    reasoning: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,12 +132,12 @@ def ask(
             break
     else:
         return None
-    form, slots, answer = made
+    form, slots, answer, reasoning = made
     text = pick_wording(rng, PICTURE_WORDINGS[form], held_out_wording).format(**slots)
-    return Question(kind, form, text, answer, held_out_wording, held_out_pair)
+    return Question(kind, form, text, answer, held_out_wording, held_out_pair, reasoning)
 
 
-Made = tuple[str, dict[str, str], str] | None
+Made = tuple[str, dict[str, str], str, str] | None  # form, slots of the wording, answer, reasoning
 
 
 def _pick(rng: np.random.Generator, items: list[T]) -> T:
@@ -157,13 +162,14 @@ def _ask_attribute(scene: Scene, kind: str, rng: np.random.Generator, held_out_p
     ]
     if not unique:
         return None
-    return kind, {"the": "the " + _pick(rng, unique).words()}, answer
+    return kind, {"the": "the " + _pick(rng, unique).words()}, answer, of_look(target)
 
 
 def _ask_count(scene: Scene, kind: str, rng: np.random.Generator, held_out_pair: bool) -> Made:
     if any(item.pair in HELD_OUT_PAIRS for item in scene.objects) != held_out_pair:
         return None
-    return kind, {}, NUMBER_WORDS[len(scene.objects)]
+    number = NUMBER_WORDS[len(scene.objects)]
+    return kind, {}, number, of_number(scene.objects, number)
 
 
 def _looks(items: Iterable[SceneObject]) -> list[Look]:
@@ -177,6 +183,11 @@ def _looks(items: Iterable[SceneObject]) -> list[Look]:
         looks[Look(size=item.size, shape=item.shape)] = None
         looks[Look(size=item.size, colour=item.colour)] = None
     return [look for look in looks if look != Look()]
+
+
+def unique_looks(scene: Scene, item: SceneObject) -> list[Look]:
+    """The descriptions that fit this object and no other."""
+    return [look for look in _looks([item]) if look.count(scene) == 1]
 
 
 def _absent_look(scene: Scene, rng: np.random.Generator) -> Look | None:
@@ -223,7 +234,9 @@ def _ask_count_of(scene: Scene, kind: str, rng: np.random.Generator, held_out_pa
         look = _pick(rng, [look for look in looks if look.count(scene) == number])
     if look is None:
         return None
-    return kind, {"many": look.plural()}, NUMBER_WORDS[look.count(scene)]
+    found = [item for item in scene.objects if look.fits(item)]
+    answer = NUMBER_WORDS[len(found)]
+    return kind, {"many": look.plural()}, answer, of_number(found, answer)
 
 
 def _ask_exists(scene: Scene, kind: str, rng: np.random.Generator, held_out_pair: bool) -> Made:
@@ -236,7 +249,9 @@ def _ask_exists(scene: Scene, kind: str, rng: np.random.Generator, held_out_pair
         look = _absent_look(scene, rng)
     if look is None:
         return None
-    return kind, {"a": look.with_article()}, "yes" if present else "no"
+    answer = "yes" if present else "no"
+    found = [item for item in scene.objects if look.fits(item)]
+    return kind, {"a": look.with_article()}, answer, of_number(found, answer)
 
 
 def offset(direction: str, item: SceneObject, other: SceneObject) -> float:
@@ -280,7 +295,7 @@ def _ask_relation(scene: Scene, kind: str, rng: np.random.Generator, held_out_pa
         answer = _name(one if is_there else two)
     else:
         answer = _name(two)
-    return form, slots, answer
+    return form, slots, answer, of_places([one, two])
 
 
 def _only_one(scene: Scene, direction: str, one: SceneObject) -> SceneObject | None:
@@ -303,12 +318,12 @@ def place_name(item: SceneObject) -> str:
 
 def where(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Where an object lies, for training: steps of `LATTICE` pixels to the right and down from the top left corner."""
-    looks = [(look, item) for item in scene.objects for look in _looks([item]) if look.count(scene) == 1]
+    looks = [(look, item) for item in scene.objects for look in unique_looks(scene, item)]
     if not looks:
         return None
     look, item = _pick(rng, looks)
     text = _pick(rng, list(PLACE_WORDINGS)).format(the=f"the {look.words()}")
-    return Question("where", "where", text, f"{item.x / LATTICE:.0f} right, {item.y / LATTICE:.0f} down")
+    return Question("where", "where", text, place_words(item), reasoning=of_look(item))
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> Question:
@@ -319,7 +334,8 @@ def describe(scene: Scene, rng: np.random.Generator) -> Question:
     looks = [Look(item.size, item.colour, item.shape).words() for item in items]
     if form == "places":
         looks = [f"{look} {place_name(item)}" for look, item in zip(looks, items)]
-    return Question("describe", form, _pick(rng, list(DESCRIBE_WORDINGS[form])), ", ".join(looks))
+    text = _pick(rng, list(DESCRIBE_WORDINGS[form]))
+    return Question("describe", form, text, ", ".join(looks), reasoning=note(f"{len(items)} objects"))
 
 
 def demo_questions(scene: Scene, rng: np.random.Generator, num_questions: int = 3) -> list[Question]:

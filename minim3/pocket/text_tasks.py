@@ -8,6 +8,7 @@ feel broken, and is not scored.
 import numpy as np
 
 from minim3.pocket.questions import Question, pick_wording
+from minim3.pocket.reasoning import note, of_sum
 from minim3.pocket.wordings import TEXT_WORDINGS
 
 TEXT_KINDS = ("copy", "lookup", "sum")
@@ -81,11 +82,13 @@ def ask_text(kind: str, rng: np.random.Generator, *, held_out_wording: bool = Fa
     template = pick_wording(rng, TEXT_WORDINGS[kind], held_out_wording)
     if kind == "sum":
         first, second = rng.integers(0, 100, size=2).tolist()
-        return Question(kind, kind, template.format(first=first, second=second), str(first + second), held_out_wording)
+        text, reasoning = template.format(first=first, second=second), of_sum(first, second)
+        return Question(kind, kind, text, str(first + second), held_out_wording, reasoning=reasoning)
     if kind == "copy":
         number = int(rng.integers(MIN_COPY_WORDS, MAX_COPY_WORDS + 1))
         words = " ".join(WORDS[index] for index in rng.integers(len(WORDS), size=number))
-        return Question(kind, kind, template.format(words=words), words, held_out_wording)
+        reasoning = note("the words again")
+        return Question(kind, kind, template.format(words=words), words, held_out_wording, reasoning=reasoning)
     return _lookup(rng, template, held_out_wording)[0]
 
 
@@ -96,7 +99,8 @@ def _lookup(rng: np.random.Generator, template: str, held_out_wording: bool) -> 
     table = ROW_SEPARATORS[int(rng.integers(len(ROW_SEPARATORS)))].join(rows)
     asked = int(rng.integers(NUM_LOOKUP_PAIRS))
     text = template.format(table=table, key=drawn[asked])
-    return Question("lookup", "lookup", text, rows[asked], held_out_wording), rows
+    question = Question("lookup", "lookup", text, rows[asked], held_out_wording, reasoning=note(drawn[asked]))
+    return question, rows
 
 
 def ask_lookups(rng: np.random.Generator, num_turns: int) -> list[Question]:
@@ -111,11 +115,12 @@ def ask_lookups(rng: np.random.Generator, num_turns: int) -> list[Question]:
     turns = [first]
     for group in groups[: num_turns - 1]:
         wording = FOLLOW_UPS[int(rng.integers(len(FOLLOW_UPS)))]
-        text = wording.format(key=", ".join(row.split()[0] for row in group))
-        turns.append(Question("lookup", "lookup", text, ", ".join(group), False))
+        keys = ", ".join(row.split()[0] for row in group)
+        turns.append(Question("lookup", "lookup", wording.format(key=keys), ", ".join(group), reasoning=note(keys)))
     return turns
 
 
 def small_talk(rng: np.random.Generator) -> Question:
     prompts, answer = SMALL_TALK[int(rng.integers(len(SMALL_TALK)))]
-    return Question("small_talk", "small_talk", prompts[int(rng.integers(len(prompts)))], answer)
+    text = prompts[int(rng.integers(len(prompts)))]
+    return Question("small_talk", "small_talk", text, answer, reasoning=note("small talk"))

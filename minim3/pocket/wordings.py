@@ -181,6 +181,74 @@ DESCRIBE_WORDINGS: dict[str, tuple[str, ...]] = {
     ),
 }
 
+# About clips. Their words are in no other wording; the tokenizer spells them in two or three pieces.
+CLIP_WORDINGS: dict[str, Wordings] = {
+    "direction": Wordings(
+        trained=(
+            "Which way does {the} move?",
+            "Which way is {the} moving?",
+            "Where does {the} go?",
+            "In which direction does {the} move?",
+            "Does {the} move left, right, up or down?",
+            "Tell me which way {the} moves.",
+            "Tell me where {the} goes.",
+            "Look at {the}. Which way does it move?",
+            "Name the direction of {the}.",
+        ),
+        held_out=("Tell me which way {the} goes.", "Look at {the}. In which direction does it move?"),
+    ),
+    "moves": Wordings(
+        trained=(
+            "Does {the} move?",
+            "Is {the} moving?",
+            "Do you see {the} move?",
+            "Can you see {the} move?",
+            "Tell me if {the} moves.",
+            "Look at {the}. Does it move?",
+            "Does {the} move or not?",
+        ),
+        held_out=("Can you tell me if {the} moves?", "Look at {the}. Is it moving?"),
+    ),
+    "mover": Wordings(
+        trained=(
+            "Which object moves?",
+            "Which object is moving?",
+            "What moves?",
+            "What is moving?",
+            "Which one moves?",
+            "Name the object that moves.",
+            "Tell me which object moves.",
+            "What do you see moving?",
+        ),
+        held_out=("Tell me what moves.", "Name the object that is moving."),
+    ),
+    "count_moving": Wordings(
+        trained=(
+            "How many objects move?",
+            "How many objects are moving?",
+            "How many things move?",
+            "Count the objects that move.",
+            "What is the number of moving objects?",
+            "Tell me how many objects move.",
+            "How many moving objects do you see?",
+        ),
+        held_out=("Tell me how many objects are moving.", "Count the things that move."),
+    ),
+}
+
+# Where an object is at one moment ({time}) and from moment to moment, and how each object moves: trained for their
+# dense signal, not scored.
+CLIP_LIST_WORDINGS: dict[str, tuple[str, ...]] = {
+    "where_at": ("Where is {the} at {time} seconds?", "Tell me where {the} is at {time} seconds."),
+    "track": ("Where is {the} from the first to the last picture?", "Follow {the} and tell me where it is."),
+    "motions": (
+        "Which way does each object move?",
+        "What do you see in the video?",
+        "Describe the video.",
+        "List all objects and tell me which way they move.",
+    ),
+}
+
 TEXT_WORDINGS: dict[str, Wordings] = {
     "copy": Wordings(
         trained=(

@@ -12,8 +12,10 @@ What makes a picture unambiguous, for a person as for a model:
     more apart in RGB (black and white: 442).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import combinations
 from typing import Literal
 
 import numpy as np
@@ -189,6 +191,13 @@ def _place(rng: np.random.Generator, sizes: np.ndarray) -> list[tuple[int, int, 
         else:
             return None
     return [boxes[index] for index in range(len(diameters))]
+
+
+def has_room(objects: Sequence[SceneObject]) -> bool:
+    """Whether these could stand in one scene: inside the picture, apart, no centres in one row, column or cell."""
+    boxes = [(item.left, item.top, item.diameter) for item in objects]
+    inside = all(left >= 1 and top >= 1 and max(left, top) + size < PICTURE_SIZE for left, top, size in boxes)
+    return inside and all(_clear(*one, *two) for one, two in combinations(boxes, 2))
 
 
 def _clear(left: int, top: int, diameter: int, left2: int, top2: int, diameter2: int) -> bool:
