@@ -13,7 +13,9 @@ from torch import Tensor
 TRITON_OPS = (
     "block_sparse_attention",
     "block_sparse_attention_paged",
+    "grouped_experts",
     "indexer_kl",
+    "norm_rope_store",
     "paged_attention",
     "select_blocks",
     "select_blocks_paged",
@@ -90,6 +92,13 @@ def why_not_alignment(
     return why_not_attention(q, k, index_k, block_size, topk, scale) or why_not_selection(
         index_q, index_k, block_size, topk, index_scale
     )
+
+
+def why_not_experts(x: Tensor, w13: Tensor, w2: Tensor) -> str | None:
+    """Why a product of these experts has no Triton kernel, or None."""
+    if not x.dtype == w13.dtype == w2.dtype:
+        return f"x, w13 and w2 must have one dtype; got {x.dtype}, {w13.dtype} and {w2.dtype}"
+    return None
 
 
 def _why_not_sizes(dim: int, block_size: int | None, topk: int, scale: float | None) -> str | None:

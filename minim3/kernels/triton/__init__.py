@@ -5,13 +5,17 @@ Imported only where asked for. With TRITON_INTERPRET=1 in the environment they r
 
 from minim3.kernels.triton.alignment import indexer_kl
 from minim3.kernels.triton.attention import block_sparse_attention, varlen_attention
+from minim3.kernels.triton.experts import grouped_experts
 from minim3.kernels.triton.paged import block_sparse_attention_paged, paged_attention
+from minim3.kernels.triton.rotation import norm_rope_store
 from minim3.kernels.triton.select import select_blocks, select_blocks_paged
 
 __all__ = [
     "block_sparse_attention",
     "block_sparse_attention_paged",
+    "grouped_experts",
     "indexer_kl",
+    "norm_rope_store",
     "paged_attention",
     "select_blocks",
     "select_blocks_paged",

@@ -1,0 +1,114 @@
+"""Per-head norm, partial rotary positions and the write to pages in one pass over memory."""
+
+# mypy: allow-untyped-defs
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from minim3.kernels.portable import rotation
+from minim3.kernels.reference import check_store
+from minim3.kernels.triton.keys import power_of_two, row_offsets, rows_contiguous
+
+_HEADS_AT_ONCE = 8
+
+
+@triton.jit
+def _norm_rope_store_kernel(
+    x, weight, freqs_cis, out, pages, slots, stride_x, stride_x_head, stride_weight_head, stride_freqs, stride_page,
+    stride_page_head, stride_page_token, page_size, eps,
+    HEADS: tl.constexpr, SOME: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+    NORM: tl.constexpr, STORE: tl.constexpr,
+):  # fmt: skip
+    """SOME heads of one token."""
+    token = tl.program_id(0)
+    head = tl.program_id(1) * SOME + tl.arange(0, SOME)
+    channel = tl.arange(0, BLOCK_D)
+    # Channel i < HALF turns with channel i + HALF, which is read once more: it lies in the cache.
+    first = channel < HALF
+    turns = channel < 2 * HALF
+    partner = tl.where(first, channel + HALF, tl.where(turns, channel - HALF, channel))
+    mask = (head < HEADS)[:, None] & (channel < D)[None, :]
+    source = x + row_offsets(token, stride_x) + (head * stride_x_head)[:, None]
+    value = tl.load(source + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+    other = tl.load(source + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(value * value, 1) / D + eps)
+        weights = weight + (head * stride_weight_head)[:, None]
+        own = tl.load(weights + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        value *= scale[:, None] * (1.0 + own)
+        own = tl.load(weights + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+        other *= scale[:, None] * (1.0 + own)
+    angle = freqs_cis + row_offsets(token, stride_freqs) + tl.where(first, channel, channel - HALF)
+    cos = tl.load(angle, mask=turns, other=1.0).to(tl.float32)
+    sin = tl.load(angle + HALF, mask=turns, other=0.0).to(tl.float32)
+    turned = value * cos[None, :] + other * tl.where(first, -sin, sin)[None, :]
+    target = (row_offsets(token, HEADS * D) + head * D)[:, None] + channel[None, :]
+    result = turned.to(out.dtype.element_ty)
+    tl.store(out + target, result, mask=mask)
+    if STORE:
+        slot = tl.load(slots + token).to(tl.int64)
+        place = slot // page_size * stride_page + slot % page_size * stride_page_token
+        target = place + (head.to(tl.int64) * stride_page_head)[:, None] + channel[None, :]
+        tl.store(pages + target, result.to(pages.dtype.element_ty), mask=mask)
+
+
+def norm_rope_store(
+    x: Tensor, weight: Tensor | None, freqs_cis: Tensor, *, eps: float, pages: Tensor | None = None,
+    slots: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """See the reference. The gradient is that of the portable form, computed anew."""
+    check_store(x, pages, slots)
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        return _NormRopeStore.apply(x, weight, freqs_cis, eps, pages, slots)
+    return _run(x, weight, freqs_cis, eps, pages, slots)
+
+
+def _run(
+    x: Tensor, weight: Tensor | None, freqs_cis: Tensor, eps: float, pages: Tensor | None, slots: Tensor | None
+) -> Tensor:
+    x, freqs_cis = rows_contiguous(x.detach()), rows_contiguous(freqs_cis.detach())
+    tokens, heads, dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    weights = x if weight is None else rows_contiguous(weight.detach())
+    some = min(power_of_two(heads), _HEADS_AT_ONCE)
+    if pages is not None and pages.stride(-1) != 1:
+        raise ValueError(f"cache pages of shape {tuple(pages.shape)} need contiguous channels; allocate them whole")
+    stored = out if pages is None else pages
+    _norm_rope_store_kernel[tokens, -(-heads // some)](
+        x, weights, freqs_cis, out, stored, out if slots is None else slots, x.stride(0), x.stride(1),
+        weights.stride(0) if weights.dim() == 2 else 0, freqs_cis.stride(0), stored.stride(0),
+        stored.stride(1) if stored.dim() == 4 else 0, stored.stride(-2), stored.shape[-2], eps, HEADS=heads, SOME=some,
+        D=dim, BLOCK_D=power_of_two(dim), HALF=freqs_cis.shape[-1] // 2, NORM=weight is not None,
+        STORE=pages is not None, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+class _NormRopeStore(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, freqs_cis: Tensor, eps: float, pages: Tensor | None,
+        slots: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, freqs_cis)
+        ctx.eps = eps
+        return _run(x, weight, freqs_cis, eps, pages, slots)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, freqs_cis = ctx.saved_tensors
+        leaves = [x.detach().requires_grad_()]
+        if weight is not None:
+            leaves.append(weight.detach().requires_grad_())
+        with torch.enable_grad():
+            out = rotation.norm_rope_store(leaves[0], leaves[1] if len(leaves) > 1 else None, freqs_cis, eps=ctx.eps)
+        grads = torch.autograd.grad(out, leaves, grad)
+        return grads[0], grads[1] if weight is not None else None, None, None, None, None

@@ -1,0 +1,98 @@
+"""Norm, rotation and page store, experts and activations in Triton, interpreted: equal to the reference."""
+
+import pytest
+import torch
+
+from minim3 import kernels
+from minim3.kernels import reference
+from tests.interpreted import close, interpreted  # noqa: F401
+
+
+def turns(tokens: int, rotary: int) -> torch.Tensor:
+    angles = torch.rand(tokens, rotary // 2, generator=torch.Generator().manual_seed(9)) * 6
+    return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+@pytest.mark.parametrize(("heads", "dim", "rotary", "weights"), [(3, 24, 8, 1), (9, 16, 16, 2), (1, 20, 6, 0)])
+def test_norm_rope_store_equals_reference(heads: int, dim: int, rotary: int, weights: int) -> None:
+    """Value, gradient and what the pages hold; pages shuffled, the rest of them untouched."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(7, heads, dim, generator=generator)
+    weight = [None, torch.randn(dim, generator=generator), torch.randn(heads, dim, generator=generator)][weights]
+    slots = torch.tensor([17, 3, 4, 30, 0, 9, 31])
+    results = []
+    for implementation in ("reference", "triton"):
+        leaf = x.clone().requires_grad_()
+        scale = None if weight is None else weight.clone().requires_grad_()
+        pages = torch.full((4, heads, 8, dim), float("nan"))
+        run = {"eps": 1e-6, "implementation": implementation}
+        out = kernels.norm_rope_store(leaf, scale, turns(7, rotary), pages=pages, slots=slots, **run)
+        out.square().sum().backward()
+        with torch.no_grad():
+            again = kernels.norm_rope_store(x, weight, turns(7, rotary), **run)
+        grads = [leaf.grad, *([] if scale is None else [scale.grad])]
+        results.append([out.detach(), again, pages.nan_to_num(7.0), *grads])
+    for want, got in zip(*results):
+        close(got, want)
+    if heads == 1:  # pages of index keys have no heads
+        flat = torch.full((4, 8, dim), float("nan"))
+        kernels.norm_rope_store(x, weight, turns(7, rotary), eps=1e-6, pages=flat, slots=slots, implementation="triton")
+        assert torch.equal(flat.nan_to_num(7.0), results[1][2][:, 0])
+
+
+def test_norm_rope_store_takes_views_of_a_packed_projection() -> None:
+    wide = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(0)).half()
+    x, weight = wide[:, 2:5], torch.randn(3, 32).half()[:, ::2]
+    run = {"eps": 1e-5}
+    got = kernels.norm_rope_store(x, weight, turns(5, 8), implementation="triton", **run)
+    assert got.dtype == torch.float16
+    close(got, kernels.norm_rope_store(x, weight, turns(5, 8), implementation="reference", **run), 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "choices", "limit", "alpha"), [(1, 2, 4.0, 1.702), (18, 2, 0.7, 1.0), (3, 1, 0.0, 0.5)]
+)
+def test_grouped_experts_equal_reference(tokens: int, choices: int, limit: float, alpha: float) -> None:
+    """Value and every gradient; expert 5 is never chosen, its gradient is zero and not what memory held."""
+    generator = torch.Generator().manual_seed(tokens)
+    x, w13, w2 = (torch.randn(*s, generator=generator) for s in ((tokens, 20), (6, 36, 20), (6, 20, 18)))
+    weights = torch.rand(tokens, choices, generator=generator)
+    ids = torch.stack([torch.randperm(5, generator=generator)[:choices] for _ in range(tokens)])
+    results = []
+    for implementation in ("reference", "triton", "triton"):
+        leaves = [t.clone().requires_grad_() for t in (x, w13, w2, weights)]
+        run = {"alpha": alpha, "limit": limit, "beta": 1.0, "implementation": implementation}
+        out = kernels.grouped_experts(*leaves[:3], ids, leaves[3], **run)
+        (out * torch.arange(20)).sum().backward()
+        with torch.no_grad():
+            quick = kernels.grouped_experts(x, w13, w2, ids, weights, **run)
+        results.append([out.detach(), quick, *(leaf.grad for leaf in leaves)])
+    for want, got, again in zip(*results):
+        close(got, want, 2e-5)
+        assert torch.equal(got, again)
+    assert not results[1][3][5].any()
+
+
+def test_grouped_experts_without_tokens() -> None:
+    x, w13, w2 = torch.randn(0, 16), torch.randn(3, 8, 16), torch.randn(3, 16, 4)
+    ids, weights = torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2)
+    out = kernels.grouped_experts(x, w13, w2, ids, weights, alpha=1.0, limit=0.0, implementation="triton")
+    assert out.shape == (0, 16)
+    with pytest.raises(ValueError, match="must have one dtype"):
+        kernels.grouped_experts(x, w13.half(), w2, ids, weights, alpha=1.0, limit=0.0, implementation="triton")
+
+
+def test_sum_with_norm_and_activation() -> None:
+    from minim3.kernels.triton import fused
+
+    generator = torch.Generator().manual_seed(0)
+    x, residual = torch.randn(2, 3, 5, 37, generator=generator)
+    weight = torch.randn(37, generator=generator)
+    out, total = fused.add_norm(x, residual, weight, eps=1e-5)
+    want = x + residual
+    assert torch.equal(total, want)
+    close(out, want * torch.rsqrt(want.square().mean(-1, keepdim=True) + 1e-5) * (1 + weight))
+    for limit in (0.0, 0.8):
+        gate, up = torch.randn(2, 6, 23, generator=generator)
+        got = fused.swiglu_oai(torch.cat([gate, up], -1), 1.702, limit)
+        close(got, reference.swiglu_oai(gate, up, 1.702, limit))
