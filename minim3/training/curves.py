@@ -73,7 +73,7 @@ def thin_out(points: Series, most: int = MOST_POINTS) -> list[tuple[float, float
 
 def linear_ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     """Four to eight round numbers that enclose `low` and `high`; whole numbers if asked."""
-    if high <= low:
+    if high - low <= 1e-6 * max(abs(low), abs(high)):
         spread = abs(low) * 0.1 or 1.0
         low, high = low - spread, high + spread
     raw = (high - low) / 5
@@ -82,7 +82,7 @@ def linear_ticks(low: float, high: float, *, whole: bool = False) -> list[float]
     if whole:
         step = max(1.0, round(step))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(index * step, 12) for index in range(first, last + 1)]
+    return [float(f"{index * step:.10g}") for index in range(first, last + 1)]
 
 
 def number(value: float) -> str:
