@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from minim3.model.batch import LayerChoices
+from minim3.model.batch import ForwardBatch, ForwardRecord, LayerChoices
 from minim3.training.config import LossRecipe
 from minim3.training.data import Batch, BatchBuilder
 from minim3.training.loss import LossCounts, compute_losses
@@ -155,10 +155,27 @@ def test_documents_accumulated_one_by_one_give_the_gradients_of_the_packed_batch
     assert sums == {name: pytest.approx(float(part.detach()), rel=1e-9) for name, part in packed.parts.items()}
 
 
+def test_every_mtp_depth_is_logged_and_counts_alike() -> None:
+    """Summed over targets instead, the first depth, which has the most, would weigh more."""
+    from tests.tiny_models import random_ids, text_model
+
+    model, ids = text_model(seed=3, num_mtp_modules=2).double(), random_ids(21)
+    labels = ids.roll(-1).index_fill(0, torch.tensor([6, 20]), -100)
+    losses = compute_losses(model, Batch(ids, labels, (7, 14), ("", "")), LossRecipe(mtp_weight=0.3))
+    one, two = (losses.parts[f"mtp.depth_{depth}"] for depth in (0, 1))
+    assert one != two
+    torch.testing.assert_close(losses.parts["mtp"], (one + two) / 2)
+    torch.testing.assert_close(losses.total, losses.parts["next_token"] + 0.3 * losses.parts["mtp"])
+    alone = compute_losses(model, Batch(ids[:7], labels[:7], (7,), ("",)), LossRecipe(mtp_weight=0.3))
+    hidden = model.text_model.forward_packed(model.embed_tokens_packed(ids[:7]), ForwardBatch.packed((7,)))
+    of_depth = model.text_model.mtp_logits(hidden[None], ids[None, :7], model.lm_head)[1][0]
+    expected = torch.nn.functional.cross_entropy(of_depth[:4], ids[3:7])
+    torch.testing.assert_close(alone.parts["mtp.depth_1"], expected)
+
+
 def test_the_router_loss_is_the_one_of_the_family(model: Any, batch: Batch) -> None:
     """Value and gradient of transformers' function on the same logits, which other trainers of this family use."""
     oracle = pytest.importorskip("transformers.models.minimax_m3_vl.modeling_minimax_m3_vl")
-    from minim3.model.batch import ForwardRecord
     from minim3.model.outputs import load_balancing_loss
     from minim3.training.loss import forward_packed
 

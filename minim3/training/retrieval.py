@@ -57,8 +57,8 @@ class RetrievalSource:
         num_pairs: int = 64,
         num_questions: int = 64,
         num_noise: int = 62,
-        num_keys: int = 256,
-        num_values: int = 256,
+        num_keys: int = 128,
+        num_values: int = 128,
     ) -> None:
         if num_pairs > num_keys:
             raise ValueError(f"num_pairs is {num_pairs}, but there are only {num_keys} keys: a key may stand once")
