@@ -265,25 +265,25 @@ def test_refused_windows(options: dict[str, int], message: str) -> None:
         perplexity(MODEL, BYTES, [["a"]], **options)
 
 
-def gpt4_like() -> Tokenizer:
-    """A tokenizer that keeps line breaks with the white space and punctuation before them, as recent ones do."""
+RECENT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def white_space_tokenizer(pattern: str | None) -> Tokenizer:
+    """A tokenizer that has tokens for runs of white space. pattern: how it cuts text into words; None as GPT-2 does."""
     tokenizer = PlainTokenizer(models.BPE())
-    pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = [] if pattern is None else [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*split, whole])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
-    tokenizer.train_from_iterator(["a\n\n\nb.\n\n  \nthe end\n \n"] * 20, trainer)
+    corpus = ["a \n", "b.\n\n", "the end\n", "a\t\n", ".\r\n", "the\n \n", "a  \n\n"]
+    tokenizer.train_from_iterator(corpus * 20, trainer)
     return Tokenizer(tokenizer.to_str())
 
 
-GPT4_LIKE = gpt4_like()
+WHITE_SPACE_TOKENIZERS = (white_space_tokenizer(None), white_space_tokenizer(RECENT))
 
 
 @settings(max_examples=150, deadline=None)
@@ -292,14 +292,14 @@ GPT4_LIKE = gpt4_like()
     characters=st.integers(1, 12),
 )
 def test_a_text_in_pieces_has_the_tokens_of_the_whole(
-    tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory, text: str, characters: int
+    tmp_path_factory: pytest.TempPathFactory, text: str, characters: int
 ) -> None:
     """Cuts that part a run of line breaks, or a word: other tokens, another perplexity."""
     file = tmp_path_factory.getbasetemp() / "piece.txt"
     file.write_bytes(text.encode())
     pieces = list(text_pieces(file, characters))
     assert "".join(pieces) == text
-    for one in (tokenizer, GPT4_LIKE):
+    for one in WHITE_SPACE_TOKENIZERS:
         assert [token_id for piece in pieces for token_id in one.encode(piece)] == one.encode(text)
 
 
