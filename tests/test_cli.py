@@ -702,3 +702,30 @@ def test_train_passes_overrides_and_reports_the_signal(
     assert run("train", recipe, "steps=9")[0] == 130
     assert_refused(run("train", recipe, "stepz=9"), "stepz", "steps")
     assert_refused(run("train", tmp_path / "none.yaml"), "none.yaml")
+    recipe.write_text("steps: [1\nb: {")
+    assert_refused(run("train", recipe), "recipe.yaml is not valid YAML", "line 2")
+
+
+def test_train_exports_a_run_in_the_format_asked_for(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from minim3.training import trainer
+
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"output: {tmp_path}\nsteps: 3\nmodel: {{start_from: x}}\ndata: {{processor: p, sources: [{{name: 'a:b'}}]}}\n"
+    )
+    assert_refused(run("train", recipe, "--export"), "nothing to export", str(tmp_path / "checkpoints"))
+    formats: list[str] = []
+
+    def export_newest(parsed: Any) -> tuple[int, Path]:
+        formats.append(parsed.export.format)
+        return 2, tmp_path / "export"
+
+    monkeypatch.setattr(trainer, "export_newest", export_newest)
+    code, out, err = run("train", recipe, "--export", "--format", "mxfp8")
+    assert (code, out, formats) == (0, "", ["mxfp8"])
+    assert f"exported step 2 of 3 to {tmp_path / 'export'}" in err
+
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    assert_refused(run("train", recipe, "--no-resume"), "already holds checkpoints")

@@ -53,12 +53,35 @@ def test_an_unknown_key_inside_a_list_is_found() -> None:
         ({"model": {}}, "exactly one of `config`"),
         ({"model": {"config": {}, "start_from": "x"}}, "exactly one of `config`"),
         ({"optim": {"betas": [0.9]}}, "betas must be two numbers"),
+        ({"batches_per_step": 0}, "batches_per_step must be at least 1"),
+        ({"peak_flops": 0}, "peak_flops must be positive"),
+        ({"spikes": {"factor": 0.5}}, r"spikes\.factor must be above 1"),
+        ({"spikes": {"max_in_row": 0}}, r"spikes\.max_in_row must be at least 1"),
         ({"data": {"processor": "a:b"}}, r"lacks the required key 'data\.sources'"),
     ],
 )
 def test_wrong_values_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_recipe(minimal(**changes))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"steps: [1\nb: {", r"recipe\.yaml is not valid YAML: expected ',' or ']'.* at line 2, column 2$"),
+        (b"output: \xff", "is not a text file in UTF-8"),
+        (b"steps: \x01", "is not valid YAML"),
+        (b"", "must hold a mapping of keys, not NoneType"),
+        (b"- a", "must hold a mapping of keys, not list"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path)
+    with pytest.raises(ValueError, match="no recipe at"):
+        load_recipe(tmp_path)
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:

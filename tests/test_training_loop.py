@@ -5,6 +5,7 @@ import json
 import signal
 import sys
 from dataclasses import replace
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,48 @@ def test_what_the_system_refuses_to_write_is_named(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+class Killed(BaseException):
+    """Nothing in the code under test may catch it, as nothing catches SIGKILL."""
+
+
+def test_a_process_killed_anywhere_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """Before every single change to the disk: the state of before or of after loads, and the next save tidies up."""
+    run = trainer.build_run(recipe(tmp_path), torch.device("cpu"))
+    operations = [(state, "save_file"), (state, "_flush"), (Path, "mkdir"), (Path, "write_text"), (Path, "rename")]
+    operations.append((state.shutil, "rmtree"))
+    kills = 0
+    while True:
+        folder = tmp_path / str(kills)
+        for step in (1, 2):
+            state.save_checkpoint(folder, run, state.Checkpoint(step, {}, {}), keep=2)
+        left = kills
+
+        def unless_killed(operation: Any, *args: Any, **options: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return operation(*args, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in operations:
+                wrapped = partial(unless_killed, getattr(owner, name))
+                patch.setattr(owner, name, partialmethod(wrapped) if owner is Path else wrapped)
+            try:
+                state.save_checkpoint(folder, run, state.Checkpoint(3, {}, {}), keep=2)
+                break
+            except Killed:
+                pass
+        found = state.load_newest(folder, run)
+        assert found is not None
+        assert found.step in (2, 3), kills
+        state.save_checkpoint(folder, run, state.Checkpoint(4, {}, {}), keep=2)
+        assert [path.name for path in sorted(folder.iterdir())][-1:] == ["step-00000004"]
+        assert len(list(folder.iterdir())) == 2
+        kills += 1
+    assert kills >= 9  # folder, tensors, description, three flushes, rename, flush, the oldest removed
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", None])

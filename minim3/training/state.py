@@ -121,7 +121,9 @@ def save_checkpoint(folder: Path, state: TrainingState, checkpoint: Checkpoint, 
     if outdated.exists():
         shutil.rmtree(outdated)
     for old in find_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        hidden = folder / f".outdated-{old.name}"  # one that is half removed must not be taken for a checkpoint
+        old.rename(hidden)
+        shutil.rmtree(hidden)
     return final
 
 
