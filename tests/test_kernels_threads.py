@@ -76,14 +76,10 @@ def test_an_error_in_a_piece_comes_out(two_threads: None) -> None:
 
 def test_counters_of_operators_see_every_piece(two_threads: None) -> None:
     """Dispatch modes hold for one thread: work on another would be missing from a FLOP count."""
-    run_layer()
+    x = torch.ones(8, 8)
     with FlopCounterMode(display=False) as counter:
-        run_layer()
-    count = counter.get_total_flops()
-    torch.set_num_threads(1)
-    with FlopCounterMode(display=False) as counter:
-        run_layer()
-    assert count == counter.get_total_flops() > 0
+        threads.run_all([lambda: torch.mm(x, x)] * 4)
+    assert counter.get_total_flops() == 4 * 2 * 8**3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -100,3 +96,38 @@ def test_a_forked_child_does_not_wait_for_its_parents_threads(two_threads: None)
     _, status = os.waitpid(child, 0)
     timer.cancel()
     assert status == 0
+
+
+def test_rooms_serve_in_and_out_of_inference_mode(two_threads: None) -> None:
+    """A buffer first made in inference mode could not be written to by a training step after it."""
+    expected = run_layer()
+    threads._kept.__dict__.clear()
+    with torch.inference_mode():
+        first = threads.room("test", 4, torch.zeros(1))
+        first += 1.0
+    second = threads.room("test", 4, torch.zeros(1))
+    second += 1.0
+    assert second.data_ptr() == first.data_ptr()
+    assert second.tolist()[1:] == first.tolist()[1:]
+    assert threads.room("test", 4, torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
+    for one, other in zip(expected, run_layer(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_a_room_held_does_not_show(two_threads: None) -> None:
+    """Rooms come with old numbers: whatever is read must have been written before."""
+    expected = run_layer()
+    poison_all_rooms()
+    for one, other in zip(expected, run_layer(), strict=True):
+        assert torch.equal(one, other)
+
+
+def poison_all_rooms() -> None:
+    meet = threading.Barrier(2, timeout=20)
+
+    def poison() -> None:
+        meet.wait()
+        for buffer in threads._kept.__dict__.get("buffers", {}).values():
+            buffer.fill_(float("nan"))
+
+    threads.run_all([poison, poison])

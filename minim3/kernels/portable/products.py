@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from minim3.kernels.portable.threads import room
 from minim3.kernels.sequences import Span
 
 _REACH = 60.0
@@ -111,7 +112,7 @@ def forward(
 ) -> None:
     """Fill `out` `[R, G, D]` and `lse` `[R, G]` from `q` `[R, G, D]`, extended keys `[S, E]` and values `[S, D]`."""
     rows, group, dim = q.shape
-    queries, sums = q.new_empty(2, rows, group, dim + 1)
+    queries, sums = room("rows", 2 * rows * group * (dim + 1), q).view(2, rows, group, dim + 1)
     torch.mul(q, scale, out=queries[..., :dim])
     torch.neg(reference, out=queries[..., dim])
     scores = score_buffer(q, choice)
@@ -124,7 +125,8 @@ def forward(
         torch.sum(p, -1, out=result[:, dim])
     width = group * (dim + 1)
     flat_queries, flat_sums = queries.view(rows, width), sums.view(rows, width)
-    gathered, partial = q.new_empty(2, min(row_limit(group), rows), width)
+    most = min(row_limit(group), rows)
+    gathered, partial = room("gathered", 2 * most * width, q).view(2, most, width)
     scores = scores.view(-1, choice.block_size)
     for chosen, block_keys, values in chosen_parts(choice, group, keys, v):
         x = take(flat_queries, chosen, gathered)
@@ -144,13 +146,14 @@ def backward(
 ) -> None:  # fmt: skip
     """Write `grad_q` `[R, G, D]` and add to `grad_k`, `grad_v` `[S, D]`; `delta` `[R, G]`, the rest as in `forward`."""
     rows, group, dim = q.shape
-    both = q.new_empty(rows, group, 2, dim + 1)  # a query and its gradient side by side: one gather
+    # A query and its gradient side by side: one gather.
+    both = room("rows", 2 * rows * group * (dim + 1), q).view(rows, group, 2, dim + 1)
     torch.mul(q, scale, out=both[:, :, 0, :dim])
     torch.neg(lse, out=both[:, :, 0, dim])
     both[:, :, 1, :dim] = grad_out
     torch.neg(delta, out=both[:, :, 1, dim])
-    sums = q.new_empty(rows, group, dim)
-    scores, grad_scores = score_buffer(q, choice), score_buffer(q, choice)
+    sums = room("sums", rows * group * dim, q).view(rows, group, dim)
+    scores, grad_scores = score_buffer(q, choice), score_buffer(q, choice, "gradients of scores")
 
     def add(x: Tensor, hidden: Tensor | None, result: Tensor, *by_key: Tensor) -> None:
         """Rows `[n, G, 2, E]` against some keys: add to the gradients of these, write those of the rows to `result`."""
@@ -169,8 +172,9 @@ def backward(
     for part, seen, hidden in own_parts(choice, rows, q.device):
         add(both[part], hidden, sums[part], keys[seen], values[seen], grad_k[seen], grad_v[seen])
     flat_both, flat_sums = both.view(rows, -1), sums.view(rows, -1)
-    gathered = q.new_empty(min(row_limit(group), rows), flat_both.shape[1])
-    partial = q.new_empty(gathered.shape[0], group * dim)
+    most = min(row_limit(group), rows)
+    gathered = room("gathered", most * flat_both.shape[1], q).view(most, -1)
+    partial = room("partial", most * group * dim, q).view(most, -1)
     for chosen, *block in chosen_parts(choice, group, keys, values, grad_k, grad_v):
         x = take(flat_both, chosen, gathered)
         y = partial[: x.shape[0]]
@@ -224,7 +228,7 @@ def row_limit(group: int) -> int:
     return max(1, _PRODUCT_ROWS * torch.get_num_threads() // group)
 
 
-def score_buffer(q: Tensor, choice: Choice) -> Tensor:
-    """Room for the scores of the largest product, reused: fresh memory of this size faults its pages every time."""
+def score_buffer(q: Tensor, choice: Choice, name: str = "scores") -> Tensor:
+    """Room for the scores of the largest product."""
     group = q.shape[1]
-    return q.new_empty(min(max(row_limit(group), choice.block_size), q.shape[0]) * group * choice.block_size)
+    return room(name, min(max(row_limit(group), choice.block_size), q.shape[0]) * group * choice.block_size, q)

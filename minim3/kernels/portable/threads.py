@@ -6,12 +6,13 @@ gathers rows another multiplies. Results do not depend on the number of threads:
 """
 
 import os
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from threading import Barrier
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
@@ -39,10 +40,26 @@ def run_all(pieces: Iterable[Callable[[], None]]) -> None:
         raise errors[0]
 
 
+def room(name: str, size: int, like: Tensor) -> Tensor:
+    """A buffer `[size]` of this thread's own under that name, with whatever its last user left in it.
+
+    Pieces need tens of megabytes one after the other; made anew each time, all of it would be paged in again.
+    """
+    key = name, like.dtype, like.device
+    kept = _kept.__dict__.setdefault("buffers", {})
+    if key not in kept or kept[key].numel() < size:
+        with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
+            kept[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+    return kept[key][:size]
+
+
+_kept = threading.local()
+
+
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     pool = ThreadPoolExecutor(threads, "minim3-kernel", initializer=_use_one_thread)
-    all_started = Barrier(threads)
+    all_started = threading.Barrier(threads)
     for future in [pool.submit(all_started.wait) for _ in range(threads)]:
         future.result()
     # The number of threads holds for the thread that sets it, but becomes the default of threads to come.
