@@ -130,67 +130,26 @@ class MiniMaxM3Attention(nn.Module):
             )  # fmt: skip
         indexer = self.indexer
         wants_kl = indexer is not None and record is not None and record.indexer_kl is not None
-        wants_recall = indexer is not None and record is not None and record.recall is not None
-        wants_blocks = indexer is not None and record is not None and record.block_indices is not None
-        wants_blocks = wants_blocks or wants_recall
+        wants_blocks = (
+            indexer is not None
+            and record is not None
+            and (record.block_indices is not None or record.recall is not None)
+        )
         # Up to top-k blocks of context the choice is "all of them": the answer is dense attention's, at dense cost.
-        chooses = indexer is not None and batch.max_length_k > indexer.topk_blocks * indexer.block_size
-        chooses = chooses and not batch.attend_all
+        chooses = (
+            indexer is not None
+            and not batch.attend_all
+            and batch.max_length_k > indexer.topk_blocks * indexer.block_size
+        )
         wants_index = chooses or wants_kl or wants_blocks or (indexer is not None and pages is not None)
         q, k, v, index_q, index_k = self._project(x, freqs_cis, batch, wants_index, train_indexer=wants_kl)
-
+        spans = (batch.cu_seqlens_q, batch.cu_seqlens_k)
         block_indices: Tensor | None = None
         if pages is not None:
-            assert batch.pages is not None
-            batch.pages.store(pages.k, k)
-            batch.pages.store(pages.v, v)
-            if pages.index_k is not None:
-                assert index_k is not None
-                batch.pages.store(pages.index_k, index_k)
-            table, lengths_k = batch.pages.page_table, batch.lengths_k
-            if chooses or wants_blocks:
-                assert indexer is not None
-                assert index_q is not None
-                assert pages.index_k is not None
-                block_indices = kernels.select_blocks_paged(
-                    index_q, pages.index_k, table, lengths_k, batch.cu_seqlens_q, plan=batch.plan, **indexer.selection
-                )
-            if chooses:
-                assert indexer is not None
-                assert block_indices is not None
-                out, _ = kernels.block_sparse_attention_paged(
-                    q, pages.k, pages.v, table, lengths_k, block_indices, batch.cu_seqlens_q,
-                    block_size=indexer.block_size, implementation=self.backend, plan=batch.plan,
-                )  # fmt: skip
-            else:
-                out, _ = kernels.paged_attention(
-                    q, pages.k, pages.v, table, lengths_k, batch.cu_seqlens_q,
-                    implementation=self.backend, plan=batch.plan,
-                )  # fmt: skip
+            out, block_indices = self._attend_pages(q, k, v, index_q, index_k, batch, pages, chooses, wants_blocks)
         else:
-            spans = (batch.cu_seqlens_q, batch.cu_seqlens_k)
             if chooses or wants_blocks:
-                assert indexer is not None
-                assert index_q is not None
-                assert index_k is not None
-                block_indices = None if choices is None else choices.block_indices
-                if block_indices is None:
-                    with torch.no_grad():
-                        block_indices = kernels.select_blocks(index_q, index_k.squeeze(1), *spans, **indexer.selection)
-                if choices is not None:
-                    choices.block_indices = block_indices
-            if wants_kl:
-                assert indexer is not None
-                assert record is not None
-                assert record.indexer_kl is not None
-                assert index_q is not None
-                assert index_k is not None
-                record.indexer_kl.append(
-                    kernels.indexer_kl(
-                        q.detach(), k.detach(), index_q, index_k.squeeze(1), block_indices if chooses else None, *spans,
-                        block_size=indexer.block_size, implementation=self.backend,
-                    )
-                )  # fmt: skip
+                block_indices = self._choose(index_q, index_k, batch, choices)
             if chooses:
                 assert indexer is not None
                 assert block_indices is not None
@@ -199,18 +158,75 @@ class MiniMaxM3Attention(nn.Module):
                 )
             else:
                 out, _ = kernels.varlen_attention(q, k, v, *spans, implementation=self.backend)
-            if wants_recall:
-                assert indexer is not None
-                assert record is not None
-                assert record.recall is not None
+        if indexer is not None and record is not None:
+            if record.indexer_kl is not None:
+                assert index_q is not None
+                assert index_k is not None
+                record.indexer_kl.append(
+                    kernels.indexer_kl(
+                        q.detach(), k.detach(), index_q, index_k.squeeze(1), block_indices if chooses else None, *spans,
+                        block_size=indexer.block_size, implementation=self.backend,
+                    )
+                )  # fmt: skip
+            if record.block_indices is not None:
                 assert block_indices is not None
-                record.recall.append(
-                    selection_recall(q, k, block_indices, batch, indexer.block_size, record.recall_queries)
-                )
-        if record is not None and record.block_indices is not None and indexer is not None:
-            assert block_indices is not None
-            record.block_indices.append(block_indices)
+                record.block_indices.append(block_indices)
+            if record.recall is not None:
+                assert block_indices is not None
+                recall = selection_recall(q, k, block_indices, batch, indexer.block_size, record.recall_queries)
+                record.recall.append(recall)
         return self.o_proj(out.flatten(-2))
+
+    def _choose(
+        self, index_q: Tensor | None, index_k: Tensor | None, batch: ForwardBatch, choices: LayerChoices | None
+    ) -> Tensor:
+        """Blocks of every packed query, int32 `[T, Hi, top_k]`: those of `choices` if it holds them."""
+        if choices is not None and choices.block_indices is not None:
+            return choices.block_indices
+        assert self.indexer is not None
+        assert index_q is not None
+        assert index_k is not None
+        with torch.no_grad():
+            chosen = kernels.select_blocks(
+                index_q, index_k.squeeze(1), batch.cu_seqlens_q, batch.cu_seqlens_k, **self.indexer.selection
+            )
+        if choices is not None:
+            choices.block_indices = chosen
+        return chosen
+
+    def _attend_pages(
+        self, q: Tensor, k: Tensor, v: Tensor, index_q: Tensor | None, index_k: Tensor | None, batch: ForwardBatch,
+        pages: LayerPages, chooses: bool, wants_blocks: bool,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """Store the new tokens, then attend: `[T, Hq, D]`, and the blocks that were chosen, if they were."""
+        assert batch.pages is not None
+        batch.pages.store(pages.k, k)
+        batch.pages.store(pages.v, v)
+        if pages.index_k is not None:
+            assert index_k is not None
+            batch.pages.store(pages.index_k, index_k)
+        table, lengths_k = batch.pages.page_table, batch.lengths_k
+        indexer, block_indices = self.indexer, None
+        if chooses or wants_blocks:
+            assert indexer is not None
+            assert index_q is not None
+            assert pages.index_k is not None
+            block_indices = kernels.select_blocks_paged(
+                index_q, pages.index_k, table, lengths_k, batch.cu_seqlens_q, plan=batch.plan, **indexer.selection
+            )
+        if chooses:
+            assert indexer is not None
+            assert block_indices is not None
+            out, _ = kernels.block_sparse_attention_paged(
+                q, pages.k, pages.v, table, lengths_k, block_indices, batch.cu_seqlens_q,
+                block_size=indexer.block_size, implementation=self.backend, plan=batch.plan,
+            )  # fmt: skip
+        else:
+            out, _ = kernels.paged_attention(
+                q, pages.k, pages.v, table, lengths_k, batch.cu_seqlens_q,
+                implementation=self.backend, plan=batch.plan,
+            )  # fmt: skip
+        return out, block_indices
 
     def _project_main(self, x: Tensor, freqs_cis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
