@@ -104,7 +104,7 @@ def media_groups() -> Iterator[Group]:
     )
     yield Group([sample("more text"), sample("and more")])
     yield Group(
-        [sample("video", "image", "both", images=[0], videos=[1]), sample("video", "other", videos=[0])],
+        [sample("video", "image", "both", images=[0], videos=[1]), sample("video", "video", "others", videos=[1, 0])],
         images=[noise(84, 56)],
         videos=[Clip(noise(2, 56, 56)), Clip(noise(5, 56, 84))],
     )
@@ -121,7 +121,7 @@ def test_a_packed_document_gives_the_gradients_of_the_document_alone(model: Any)
     packed = packing.finish()
     assert packed.video_grid_thw is not None
     assert packed.video_order is not None
-    assert packed.video_order.tolist() == [0, 1, 0, 1, 2, 3], "no clip is shared: that is not tested"
+    assert packed.video_order.tolist() == [0, 1, 0, 1, 2, 2, 3], "no clip is shared: that is not tested"
     together = gradients(model, packed)
 
     separate: dict[str, torch.Tensor] = {}

@@ -137,6 +137,17 @@ def test_no_document_is_dropped_at_the_end_of_a_batch_or_of_an_epoch(tmp_path: P
         assert batch.num_tokens <= 200 < batch.num_tokens + following.lengths[0]
 
 
+def test_a_group_cut_by_the_end_of_a_batch_goes_on_with_its_next_document(
+    whole: list[tuple[Batch, dict[str, Any]]],
+) -> None:
+    answers = [
+        text for batch, _ in whole for kind, text in zip(batch.kinds, targets(batch), strict=True) if kind == "counting"
+    ]
+    numbers = [int(text.removeprefix("</mm:think>").removesuffix("[e~[")) for text in answers]
+    assert len(numbers) > 10
+    assert numbers == [place // 2 for place in range(len(numbers))]
+
+
 def test_epochs_are_shuffled_without_replacement_and_counted(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [chat("q", f"n{number}") for number in range(20)])
     recipe = data_recipe(file_source(path), tokens_per_batch=400)
