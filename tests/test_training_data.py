@@ -137,8 +137,9 @@ def test_sources_are_drawn_by_weight(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_workers_deliver_the_batches_in_order_from_any_start() -> None:
     data = replace(recipe(), num_workers=2)
-    with BatchStream(data, seed=5, start=3) as stream:
+    with BatchStream(data, seed=5, state={"batch": 3}) as stream:
         received = [next(stream) for _ in range(4)]
+        assert stream.state() == {"batch": 7}
     expected = BatchBuilder(data, data.sources, seed=5, split=TRAINING_SPLIT)
     assert all(same(batch, expected.build(3 + offset)) for offset, batch in enumerate(received))
 

@@ -300,13 +300,12 @@ class BatchStream:
         *,
         seed: int,
         split: int = TRAINING_SPLIT,
-        start: int = 0,
         state: Mapping[str, Any] | None = None,
         bad_records_path: Path | None = None,
     ) -> None:
         self.recipe, self.seed, self.split = recipe, seed, split
         self._is_numbered = all(source.name is not None for source in recipe.sources)
-        self._next_batch = start
+        self._next_batch = 0
         self._position = _Position(0, 0, (0,) * len(recipe.sources))
         known: list[BadRecord] = []
         if state is not None:
