@@ -13,7 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minim3.pocket
-from minim3.pocket import clips, dialogue_cases, evaluate, questions, reasoning, text_tasks, tool_tasks, world
+from minim3.config import MiniMaxM3VLConfig
+from minim3.model.causal_lm import MiniMaxM3SparseForConditionalGeneration
+from minim3.pocket import (
+    clips,
+    dialogue_cases,
+    evaluate,
+    questions,
+    reasoning,
+    text_tasks,
+    tool_tasks,
+    warmup,
+    world,
+)
 from minim3.pocket.clips import CLIP_KINDS, ClipScene, ask_clip, draw_clip, list_clip, random_clip
 from minim3.pocket.dialogue_cases import DialogueCase, fresh_clip_questions, fresh_thinking_tasks, fresh_tool_tasks
 from minim3.pocket.replies import Reply, is_well_formed, model_replies
@@ -462,3 +474,70 @@ def test_model_replies_reads_calls_thoughts_and_drafts(processor: MiniMaxM3VLPro
         assert reply.well_formed
         assert reply.drafts == (len(ids) - 1, len(ids) - 1)
     assert replies[2].reasoning == "so."
+
+
+# --- the vision lesson -----------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=25, deadline=None)
+@given(seeds)
+def test_the_vision_lesson_asks_every_moment_of_a_clip(seed: int) -> None:
+    """Targets of one moment asked of another would teach the tower to overlook that things move."""
+    clip = random_clip(np.random.default_rng(seed), nameless_fraction=0.3)
+    targets = warmup.clip_targets(clip).view(len(clip.moments), 4, 4, 6)
+    for number, scene in enumerate(clip.moments):
+        assert torch.equal(targets[number, ..., :5].reshape(16, 5), warmup.cell_targets(scene))
+        assert int((targets[number, ..., 5] > 0).sum()) == len(clip.motions)
+        for index, one in enumerate(scene.objects):
+            direction = int(targets[number, int(one.y // 28), int(one.x // 28), 5])
+            assert (["left", "right", "up", "down"][direction - 1] if direction else None) == went(clip, index)
+
+
+def test_lessons_hold_pictures_or_clips_with_a_target_for_every_feature(processor: MiniMaxM3VLProcessor) -> None:
+    lessons = [lesson for lesson, _ in zip(warmup.batches(processor, 0, 6, 0.5), range(12))]
+    are_clips = [bool((lesson.grids[:, 0] > 1).all()) for lesson in lessons]
+    assert set(are_clips) == {True, False}
+    for lesson, is_clip in zip(lessons, are_clips):
+        assert len(lesson.targets) * 4 == len(lesson.pixels) == int(lesson.grids.prod(-1).sum())
+        assert is_clip or not lesson.targets[:, 5].any(), "nothing moves in a picture"
+        assert int(lesson.as_pictures().prod(-1).sum()) == len(lesson.pixels)
+        assert set(lesson.as_pictures()[:, 0].tolist()) == {1}
+    assert not any((lesson.grids[:, 0] > 1).any() for lesson, _ in zip(warmup.batches(processor, 0, 2, 0.0), range(5)))
+
+
+def small_model() -> MiniMaxM3SparseForConditionalGeneration:
+    torch.manual_seed(0)
+    raw = json.loads((Path(__file__).parents[1] / "recipes" / "pocket_config.json").read_text())
+    raw["vision_config"]["num_hidden_layers"] = 1
+    return MiniMaxM3SparseForConditionalGeneration.from_config(MiniMaxM3VLConfig.from_dict(raw))
+
+
+def test_a_trained_text_model_keeps_the_features_it_knows(processor: MiniMaxM3VLProcessor) -> None:
+    """Features that drift under a trained text model would cost it all it knows about pictures."""
+    model = small_model()
+    keeper = warmup.Keeper(model, processor.tokenizer)
+    pictures = next(warmup.batches(processor, 0, 4, 0.0))
+    features = model.get_image_features(pictures.pixels, pictures.grids)
+    assert keeper.loss(features, pictures).item() == pytest.approx(0, abs=1e-9)
+    lesson = next(one for one in warmup.batches(processor, 0, 9, 1.0) if (one.targets[:, 5] > 0).any())
+    still = model.get_image_features(lesson.pixels, lesson.as_pictures())
+    wanted = still.clone()
+    for cell, direction in enumerate(lesson.targets[:, 5].tolist()):
+        if direction:
+            word = processor.tokenizer.encode(" " + ["left", "right", "up", "down"][direction - 1])
+            wanted[cell] += warmup.DIRECTION_GAIN * model.text_model.embed_tokens.weight[word[0]]
+    assert keeper.loss(wanted, lesson).item() == pytest.approx(0, abs=1e-9)
+    assert keeper.loss(still, lesson).item() > 1e-4
+
+
+def test_going_on_teaches_the_tower_alone_and_makes_clips_more_like_pictures(
+    processor: MiniMaxM3VLProcessor, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = small_model()
+    text = {name: value.clone() for name, value in model.language_model.state_dict().items()}
+    warmup.warm_up(model, processor, steps=8, num_pictures=6, clip_fraction=1.0, keep_features=True, log_every_steps=1)
+    for name, value in model.language_model.state_dict().items():
+        assert torch.equal(value, text[name]), name
+    unlike = [float(found) for found in re.findall(r"unlike before (\S+),", capsys.readouterr().err)]
+    assert len(unlike) == 8
+    assert np.mean(unlike[-2:]) < np.mean(unlike[:2])

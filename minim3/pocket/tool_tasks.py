@@ -156,7 +156,8 @@ SORTS = (
             trained=(
                 "Paint the {thing} {colour}.", "Make the {thing} {colour}.", "Please paint the {thing} {colour}.",
                 "Can you paint the {thing} {colour}?", "The {thing} should be {colour}.",
-                "Give the {thing} the colour {colour}.",
+                "Give the {thing} the colour {colour}.", "Please give the {thing} the colour {colour}.",
+                "Can you make the {thing} {colour}?",
             ),
             held_out=("Please make the {thing} {colour}.", "Can you give the {thing} the colour {colour}?"),
         ),
