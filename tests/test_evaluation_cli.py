@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from minim3.cli import eval as eval_module
 from minim3.cli.app import main
 from minim3.cli.eval import split_words
 from minim3.processing.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Calls `minim3 eval`; returns exit code, stdout and stderr."""
     monkeypatch.delenv("MINIM3_TRACEBACK", raising=False)
+    monkeypatch.setattr(eval_module, "_PROGRESS_SECONDS", math.inf)
 
     def call(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()
@@ -36,7 +38,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return call
 
 
-def test_every_task_on_a_checkpoint(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_every_task_on_a_checkpoint(run: Run, folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the answer is red\n" * 30, encoding="utf-8")
     documents = write_lines(tmp_path / "d.jsonl", {"text": "the answer"}, {"text": "is red"})
@@ -61,6 +63,8 @@ def test_every_task_on_a_checkpoint(run: Run, folder: Path, tmp_path: Path) -> N
     accuracy = by_claim[f"choice:{choices}: accuracy"]
     assert (accuracy["measured"], accuracy["num"], accuracy["unit"]) == (50.0, 2, "%")
     assert accuracy["standard_error"] == pytest.approx(50.0)
+    tokens = len(tokenizer.encode("the answer")) + len(tokenizer.encode("is red"))
+    assert by_claim[f"perplexity:{documents}: perplexity"]["num"] == tokens, "the first ones too"
     nats = by_claim[f"perplexity:{text}: nats a token"]["measured"]
     assert by_claim[f"perplexity:{text}: perplexity"]["measured"] == pytest.approx(math.exp(nats))
     assert f"{nats:.6g}" in out
@@ -75,6 +79,16 @@ def test_the_chat_format_and_raw_text_differ(run: Run, folder: Path, tmp_path: P
     questions = [{"question": f"is it {i}?", "choices": list(rng.permutation(words)), "answer": 0} for i in range(12)]
     choices = write_lines(tmp_path / "c.jsonl", *questions)
     assert run(folder, f"choice:{choices}") != run(folder, f"choice:{choices}", "--raw")
+
+
+def test_progress_goes_to_stderr(run: Run, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table that cannot be piped on."""
+    choices = write_lines(tmp_path / "c.jsonl", GOOD_CHOICE, GOOD_CHOICE)
+    quiet = run(folder, f"choice:{choices}")
+    monkeypatch.setattr(eval_module, "_PROGRESS_SECONDS", 0)
+    code, out, err = run(folder, f"choice:{choices}")
+    assert (code, out, "") == quiet
+    assert [line.split(",")[0] for line in err.splitlines()] == [f"choice:{choices}: {n} questions" for n in (1, 2)]
 
 
 def test_pocket_is_measured_by_its_own_questions(run: Run) -> None:

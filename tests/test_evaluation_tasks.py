@@ -267,6 +267,7 @@ def test_a_prompt_has_the_length_and_the_facts_that_were_asked_for(
     assert len(facts) == len(FACT.findall(text)) == len(set(facts.values())) == num_keys
     (asked,) = ASKED.findall(text)
     assert facts[asked] == case.answer
+    assert text.startswith("Numbers of things" if raw else "]~!b[")
     assert text.endswith(" is" if raw else "]~b]ai\n</mm:think>")
     # Facts are put between sentences: half a sentence off at most, out of the filler.
     assert abs(case.depth - depth) < 60 / (length - 200 - 60 * num_keys)
@@ -300,6 +301,9 @@ def test_needles_with_an_answerer_that_can_read(processor: MiniMaxM3VLProcessor)
     assert list(shares) == [(1200, 0.0), (1200, 1.0), (1500, 0.0), (1500, 1.0)]
     assert set(shares.values()) == {Share(3, 3)}
     assert len(seen) == 12
+    # Facts that are not asked for stand all over the text.
+    thirds = {3 * fact.start() // len(text) for text in seen for fact in FACT.finditer(text)}
+    assert thirds == {0, 1, 2}
     run_needles(answers(read), maker, **options)
     assert len(seen) == 12, "the same seed makes the same prompts"
     run_needles(answers(read), maker, **options, seed=1)

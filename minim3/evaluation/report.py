@@ -90,7 +90,9 @@ class TaskResult:
 def _cells(measure: Measure) -> tuple[str, str, str, str]:
     percent = measure.unit == "%"
     value = f"{measure.value:.2f}%" if percent else f"{measure.value:.6g} {measure.unit}".rstrip()
-    error = "" if measure.standard_error is None else f"± {measure.standard_error:.2f}{'%' if percent else ''}"
+    error = ""
+    if measure.standard_error is not None:
+        error = f"± {measure.standard_error:.2f}%" if percent else f"± {measure.standard_error:.3g}"
     return measure.name, value, error, "" if measure.num is None else f"of {measure.num:,}"
 
 
