@@ -224,6 +224,15 @@ def test_a_text_is_delimited_and_every_token_of_it_is_a_target(tmp_path: Path) -
     assert (batch.input_ids.split(batch.lengths)[0] == end).sum() == 1, "typed markers became control tokens"
 
 
+def test_a_long_text_is_cut_where_the_recipe_says_so_and_every_token_is_a_target_once(tmp_path: Path) -> None:
+    text = "".join(f"{number} " for number in range(400))
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": text}])
+    recipe = data_recipe(file_source(path, split_long_texts=True), tokens_per_batch=150, max_bad_records=0)
+    with BatchStream(recipe, seed=0) as stream:
+        written = "".join(targets(next(stream))[0] for _ in range(30))
+    assert written.startswith(text + "[e~[" + text[:50])
+
+
 def test_fields_and_roles_go_by_the_names_of_the_recipe(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "QUESTION"}, {"from": "gpt", "value": "ANSWER"}]
     theirs = {"conversations": turns, "topic": "x"}

@@ -90,7 +90,8 @@ class SourceRecipe:
         it in its own order without an index, shuffled inside windows of `shuffle_window` records.
 
     Records are read without replacement, in another order every epoch unless `shuffle` is off. The share `held_out` of
-    them is kept from training, for evaluation. `roles` renames roles (`{human: user, gpt: assistant}`); `kind` names
+    them is kept from training, for evaluation. `split_long_texts` cuts a plain text that is longer than a batch into
+    documents, instead of counting it as bad. `roles` renames roles (`{human: user, gpt: assistant}`); `kind` names
     the records in logs where they do not name themselves.
     """
 
@@ -107,6 +108,7 @@ class SourceRecipe:
     shuffle_window: int = 1000
     held_out: float = 0.0
     loss_on: Literal["assistant", "all"] = "assistant"
+    split_long_texts: bool = False
     fields: FieldNames = field(default_factory=FieldNames)
     roles: Mapping[str, Any] = field(default_factory=dict)
     kind: str = ""

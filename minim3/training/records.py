@@ -119,14 +119,15 @@ class DocumentEncoder:
             raise RecordError("no text", f"neither {fields.messages!r} nor {fields.text!r} is there; fields: {present}")
         kind = record.get(fields.kind) or source.kind
         if messages is None:
-            group = self._encode_text(text, kind)
+            group = self._encode_text(text, kind, split=source.split_long_texts)
         else:
             group = self._encode_messages(messages, record, source, folder, kind)
-        if group.num_tokens > self.max_tokens:
-            raise RecordError("too long", f"{group.num_tokens} tokens; data.tokens_per_batch is {self.max_tokens}")
+        longest = max(len(document.input_ids) for document in group.documents)
+        if longest > self.max_tokens:
+            raise RecordError("too long", f"{longest} tokens; data.tokens_per_batch is {self.max_tokens}")
         return group
 
-    def _encode_text(self, text: Any, kind: Any) -> EncodedGroup:
+    def _encode_text(self, text: Any, kind: Any, *, split: bool) -> EncodedGroup:
         if not isinstance(text, str) or not text.strip():
             raise RecordError("no text", f"the text is {'empty' if isinstance(text, str) else 'a ' + _name(text)}")
         tokenizer = self.processor.tokenizer
@@ -134,8 +135,11 @@ class DocumentEncoder:
         if begin is None or end is None:
             raise ValueError(f"the tokenizer lacks {BEGIN_DOCUMENT!r} or {END_DOCUMENT!r}, which delimit a text")
         ids = [begin, *tokenizer.encode_plain(text), end]
-        input_ids, labels = align_labels(ids, [True] * len(ids))
-        return EncodedGroup([Document(input_ids, labels, str(kind or "text"))])
+        length = self.max_tokens if split else len(ids)
+        # Pieces overlap by a token, so that every token but the first is a target once.
+        pieces = [ids[start : start + length] for start in range(0, len(ids) - 1, max(1, length - 1))]
+        aligned = [align_labels(piece, [True] * len(piece)) for piece in pieces]
+        return EncodedGroup([Document(*one, str(kind or "text")) for one in aligned])
 
     def _encode_messages(
         self, messages: Any, record: Mapping[str, Any], source: SourceRecipe, folder: Path, kind: Any
