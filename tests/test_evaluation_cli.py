@@ -114,6 +114,7 @@ def test_pocket_is_measured_by_its_own_questions(run: Run) -> None:
         (["FOLDER", "needle", "--window", "100"], "--window is for perplexity; no such task is asked for"),
         (["FOLDER", "needle", "--json", "no/where.json"], "--json no/where.json: there is no folder no"),
         (["FOLDER", "lm_eval:nowhere.yaml"], "nowhere.yaml does not exist"),
+        (["FOLDER", "needle", "--adapter", "nowhere"], "nowhere"),
     ],
 )
 def test_refusals(run: Run, folder: Path, arguments: list[str], message: str) -> None:

@@ -273,6 +273,7 @@ def evaluate(
         bool, typer.Option("--raw", help="Questions and prompts as they stand, without the chat format.")
     ] = False,
     json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures as JSON too.")] = None,
+    adapter: Adapter = None,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
     quantization: QuantizationOption = None,
@@ -290,7 +291,7 @@ def evaluate(
         None if percents is None else tuple(percent / 100 for percent in percents), keys, window, stride,
         max_new_tokens, None if thinking is None else thinking.value, raw,
     )  # fmt: skip
-    run_eval(words, LoadOptions(model, device, dtype.value, threads, quantization), options, json)
+    run_eval(words, LoadOptions(model, device, dtype.value, threads, quantization, adapter), options, json)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -88,7 +88,7 @@ def run_eval(words: Sequence[str], load: LoadOptions, options: EvalOptions, json
     for number, task in enumerate(tasks):
         result = _RUN[task.name](session, task, options)
         print("\n" * (number > 0) + "\n".join(result.lines()), flush=True)
-        rows += [{**row, "model": source or POCKET} for row in result.rows()]
+        rows += [{**row, "model": source or POCKET, "adapter": load.adapter} for row in result.rows()]
         if json_file is not None:
             json_file.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
