@@ -88,6 +88,39 @@ def test_tiles_of_any_height(rows: int) -> None:
         close(a, b)
 
 
+@pytest.mark.parametrize("page_size", [None, 16, 24])
+def test_queries_gathered_block_by_block(page_size: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way taken where tiles share little: the same result, in several runs of queries, with segments of lists."""
+    from minim3.kernels.triton import by_key, layout, lists, prefill
+
+    monkeypatch.setattr(prefill, "MANY_QUERIES", 1)
+    monkeypatch.setattr(prefill, "FEW_SHARED", 0.0)
+    monkeypatch.setattr(lists, "SEGMENT", 16)
+    monkeypatch.setattr(by_key, "_PART_ELEMENTS", 30 * 8 * 3 * 16)
+    empty = torch.empty
+    monkeypatch.setattr(by_key.torch, "empty", lambda *shape, **like: empty(*shape, **like).fill_(-77))
+    lengths_q, lengths_k = [37, 9], [60, 9]
+    cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
+    q, k, v = tensors(cu_q, cu_k, 2, 4, 16)
+    ids = random_ids(cu_q, cu_k, 2, 16, 3)
+    want = kernels.block_sparse_attention(q, k, v, ids, cu_q, cu_k, block_size=16, implementation="reference")
+    table = None
+    where = layout.packed_layout(cu_q, cu_k, None, q, k)
+    if page_size is not None:
+        (k, table), (v, _) = in_pages(k, cu_k, page_size), in_pages(v, cu_k, page_size)
+        where = layout.paged_layout(table, lengths_k, cu_q, page_size, 46, None)
+    run = {"page_table": table, "block_size": 16, "scale": 0.25}
+    calls = []
+    forward = by_key.forward
+    monkeypatch.setattr(by_key, "forward", lambda *args: calls.append(forward(*args)))
+    got = prefill.forward(q, k, v, ids, where, **run)
+    assert calls
+    for a, b in zip(got, want):
+        close(a, b)
+    for a, b in zip(got, prefill.forward(q, k, v, ids, where, **run)):
+        assert torch.equal(a, b)
+
+
 def test_low_precision_stays_near_fp32() -> None:
     """Pitfall 10: masks are boolean and sums fp32; the error is that of rounding shares and results.
 
@@ -108,6 +141,31 @@ def test_low_precision_stays_near_fp32() -> None:
     close(lse, want_lse, 1e-5)
 
 
+def test_a_cache_of_eight_bits() -> None:
+    """Pages in e4m3 read as what they hold: the same as wide pages of those values, for all three paged ops."""
+    lengths_q, lengths_k = [2, 20], [40, 35]
+    cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
+    q, k, v = tensors(cu_q, cu_k, 2, 2, 16)
+    index_q = q[:, :2].round()
+    for rows in (slice(0, 22), slice(0, 2)):
+        n = 2 if rows.stop == 22 else 1
+        cu, lengths = cu_q[: n + 1], lengths_k[:n]
+        (k_pages, table), (v_pages, _) = in_pages(k, cu_k, 16), in_pages(v, cu_k, 16)
+        narrow = [x.to(torch.float8_e4m3fn) for x in (k_pages, v_pages, k_pages[:, 0])]
+        results = []
+        for pages in (narrow, [x.float() for x in narrow]):
+            run = {"implementation": "triton"}
+            ids = kernels.select_blocks_paged(
+                index_q[rows], pages[2].contiguous(), table[:n], lengths, cu, block_size=16, topk_blocks=2, **run
+            )
+            where = q[rows], pages[0], pages[1], table[:n], lengths
+            sparse = kernels.block_sparse_attention_paged(*where, ids, cu, block_size=16, **run)
+            results.append([ids, *sparse, *kernels.paged_attention(*where, cu, **run)])
+        for a, b in zip(*results):
+            assert torch.isfinite(a).all()
+            assert torch.equal(a, b)
+
+
 def test_strided_queries_need_no_copy() -> None:
     """Views of one packed projection: rows farther apart than their heads."""
     cu = [0, 24]
@@ -124,7 +182,8 @@ def test_requests_that_cannot_be_met_say_why() -> None:
     q, pages, table = torch.randn(1, 6, 16), torch.randn(2, 2, 16, 16), torch.tensor([[0, 1]])
     with pytest.raises(ValueError, match="3 query heads share a KV head; that must be a power of two"):
         kernels.paged_attention(q, pages, pages, table, [4], [0, 1], implementation="triton")
-    with pytest.raises(ValueError, match=r"must have one dtype; got torch\.float32, torch\.bfloat16"):
-        kernels.paged_attention(q[:, :4], pages.bfloat16(), pages, table, [4], [0, 1], implementation="triton")
+    narrow = pages.bfloat16()
+    with pytest.raises(ValueError, match=r"in the dtype of the queries or in float8_e4m3fn, not in torch\.bfloat16"):
+        kernels.paged_attention(q[:, :4], narrow, narrow, table, [4], [0, 1], implementation="triton")
     with pytest.raises(ValueError, match="room for 32 in its pages"):
         kernels.paged_attention(q[:, :4], pages, pages, table, [40], [0, 1], implementation="triton")

@@ -49,6 +49,15 @@ def test_norm_rope_store_takes_views_of_a_packed_projection() -> None:
     close(got, kernels.norm_rope_store(x, weight, turns(5, 8), implementation="reference", **run), 2e-3)
 
 
+def test_a_store_in_eight_bits_saturates() -> None:
+    """e4m3 ends at 448 and has no infinity: a larger value must not be stored as NaN."""
+    x = torch.tensor([500.0, -1e4, 3.0, 0.5] * 4).view(1, 1, 16)
+    pages = torch.zeros(1, 1, 8, 16).to(torch.float8_e4m3fn)
+    run = {"eps": 1e-6, "pages": pages, "slots": torch.tensor([5]), "implementation": "triton"}
+    kernels.norm_rope_store(x, None, torch.cat([torch.ones(1, 2), torch.zeros(1, 2)], -1), **run)
+    assert pages[0, 0, 5].float().tolist() == [448.0, -448.0, 3.0, 0.5] * 4
+
+
 @pytest.mark.parametrize(
     ("tokens", "choices", "limit", "alpha"), [(1, 2, 4.0, 1.702), (18, 2, 0.7, 1.0), (3, 1, 0.0, 0.5)]
 )

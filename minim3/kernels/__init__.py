@@ -164,7 +164,7 @@ def select_blocks_paged(
     """`select_blocks` over index key pages `[P, page, Di]`; `page_table[n]` lists those of sequence n."""
     return _function(
         implementation, "select_blocks_paged", index_q,
-        lambda: availability.why_not_selection(index_q, index_k_pages, block_size, topk_blocks, scale),
+        lambda: availability.why_not_selection(index_q, index_k_pages, block_size, topk_blocks, scale, True),
     )(
         index_q, index_k_pages, page_table, lengths_k, cu_seqlens_q, block_size=block_size, topk_blocks=topk_blocks,
         init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
@@ -209,7 +209,7 @@ def block_sparse_attention_paged(
     _check_heads(q, k_pages.shape[1], block_indices)
     return _function(
         implementation, "block_sparse_attention_paged", q,
-        lambda: availability.why_not_attention(q, k_pages, v_pages, block_size, block_indices.shape[-1], scale),
+        lambda: availability.why_not_attention(q, k_pages, v_pages, block_size, block_indices.shape[-1], scale, True),
     )(
         q, k_pages, v_pages, page_table, lengths_k, block_indices, cu_seqlens_q, block_size=block_size, scale=scale,
         **_planned(implementation, plan),
@@ -224,7 +224,7 @@ def paged_attention(
     _check_heads(q, k_pages.shape[1], None)
     return _function(
         implementation, "paged_attention", q,
-        lambda: availability.why_not_attention(q, k_pages, v_pages, None, 1, scale),
+        lambda: availability.why_not_attention(q, k_pages, v_pages, None, 1, scale, True),
     )(
         q, k_pages, v_pages, page_table, lengths_k, cu_seqlens_q, scale=scale, **_planned(implementation, plan)
     )

@@ -61,12 +61,25 @@ def _why_no_cuda() -> str | None:
     return None if major >= 8 else f"the device has compute capability {major}.{minor}, they need 8.0"
 
 
-def why_not_attention(q: Tensor, k: Tensor, v: Tensor, block_size: int | None, topk: int, scale: float | None) -> (
-    str | None
-):  # fmt: skip
+def _why_not_cache(dtype: torch.dtype, device_type: str) -> str | None:
+    """Why pages of another dtype than the queries' cannot be read, or None."""
+    if dtype != torch.float8_e4m3fn:
+        return f"a cache is in the dtype of the queries or in float8_e4m3fn, not in {dtype}"
+    if device_type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        return "float8_e4m3fn needs compute capability 8.9"
+    return None
+
+
+def why_not_attention(
+    q: Tensor, k: Tensor, v: Tensor, block_size: int | None, topk: int, scale: float | None, paged: bool = False
+) -> str | None:
     """Why attention of these shapes has no Triton kernel, or None; `block_size` None: dense."""
     group = q.shape[1] // k.shape[1]
-    if not q.dtype == k.dtype == v.dtype:
+    if paged and k.dtype == v.dtype != q.dtype:
+        reason = _why_not_cache(k.dtype, q.device.type)
+        if reason is not None:
+            return reason
+    elif not q.dtype == k.dtype == v.dtype:
         return f"q, k and v must have one dtype; got {q.dtype}, {k.dtype} and {v.dtype}"
     if group & (group - 1) or group > _MOST_GROUP:
         return f"{group} query heads share a KV head; that must be a power of two up to {_MOST_GROUP}"
@@ -74,10 +87,14 @@ def why_not_attention(q: Tensor, k: Tensor, v: Tensor, block_size: int | None, t
 
 
 def why_not_selection(
-    index_q: Tensor, index_k: Tensor, block_size: int | None, topk: int, scale: float | None
+    index_q: Tensor, index_k: Tensor, block_size: int | None, topk: int, scale: float | None, paged: bool = False
 ) -> str | None:
     """Why a selection of these shapes has no Triton kernel, or None."""
-    if index_q.dtype != index_k.dtype:
+    if paged and index_q.dtype != index_k.dtype:
+        reason = _why_not_cache(index_k.dtype, index_q.device.type)
+        if reason is not None:
+            return reason
+    elif index_q.dtype != index_k.dtype:
         return f"index queries and keys must have one dtype; got {index_q.dtype} and {index_k.dtype}"
     if index_q.shape[1] > _MOST_INDEX_HEADS:
         return f"{index_q.shape[1]} index heads; at most {_MOST_INDEX_HEADS} are supported"

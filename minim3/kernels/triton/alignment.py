@@ -17,10 +17,19 @@ from torch.autograd.function import once_differentiable
 
 from minim3.kernels.sequences import Lengths
 from minim3.kernels.triton import lists as query_lists
-from minim3.kernels.triton.keys import LN_2, LOG2_E, power_of_two, precision, row_offsets, rows_contiguous
+from minim3.kernels.triton.keys import (
+    LN_2,
+    LOG2_E,
+    load_keys,
+    load_rows,
+    power_of_two,
+    precision,
+    row_offsets,
+    rows_contiguous,
+)
 from minim3.kernels.triton.layout import COLUMNS, Layout, packed_layout
 from minim3.kernels.triton.lists import Lists, dense_lists, sparse_lists
-from minim3.kernels.triton.prefill import Tiles, load_keys, load_rows
+from minim3.kernels.triton.prefill import Tiles
 
 _DENSE_KEYS = 64
 """Keys that the warm-up takes at once."""
@@ -97,7 +106,7 @@ def _query_kernel(
         within = tl.arange(0, KEYS)
         if SPARSE:
             base = row_offsets(tile * KV_HEADS + kv_head, CANDIDATES)
-            steps = tl.load(union_counts + row_offsets(tile * KV_HEADS + kv_head, 2) + 1) * STEPS
+            steps = tl.load(union_counts + row_offsets(tile * KV_HEADS + kv_head, 3) + 1) * STEPS
         else:
             base = 0
             steps = (num_keys + KEYS - 1) // KEYS

@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from minim3.kernels.triton import lists as query_lists
-from minim3.kernels.triton.keys import LOG2_E, key_offsets, power_of_two, precision, row_offsets
+from minim3.kernels.triton.keys import LOG2_E, key_offsets, load_keys, load_rows, power_of_two, precision, row_offsets
 from minim3.kernels.triton.layout import COLUMNS, Layout
 from minim3.kernels.triton.lists import Lists, dense_lists, sparse_lists
-from minim3.kernels.triton.prefill import Tiles, load_keys, load_rows
+from minim3.kernels.triton.prefill import Tiles
 
 _LIST_ROWS = 64
 """Rows (queries times heads of a group) that the gradient of keys takes at once."""
@@ -99,7 +99,7 @@ def _query_kernel(
         acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
         if SPARSE:
             base = row_offsets(tile * KV_HEADS + kv_head, CANDIDATES)
-            counts = union_counts + row_offsets(tile * KV_HEADS + kv_head, 2)
+            counts = union_counts + row_offsets(tile * KV_HEADS + kv_head, 3)
             complete = tl.load(counts) * STEPS
             steps = tl.load(counts + 1) * STEPS
         else:

@@ -17,6 +17,8 @@ from minim3.kernels.triton.keys import (
     LOG2_E,
     Pages,
     key_offsets,
+    load_keys,
+    load_rows,
     power_of_two,
     precision,
     row_offsets,
@@ -24,7 +26,6 @@ from minim3.kernels.triton.keys import (
     stages,
 )
 from minim3.kernels.triton.layout import Layout
-from minim3.kernels.triton.prefill import load_keys, load_rows
 
 _PROGRAMS = 264
 """Two programs for each multiprocessor of an H100."""
@@ -82,7 +83,7 @@ def _split_kernel(
                 tl.minimum(place, position // KEYS * KEYS), within, 0, num_keys - 1, table_row, page_size, stride_page,
                 stride_token, PAGED, ONE_PAGE,
             )  # fmt: skip
-            keys = load_keys(k, offsets, seen, D, BLOCK_D, True)
+            keys = load_keys(k, offsets, seen, D, BLOCK_D, True).to(query.dtype)
             scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
             scores = tl.where(seen[None, :], scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1) * scale_log2)
@@ -90,7 +91,7 @@ def _split_kernel(
             shares = tl.exp2(scores * scale_log2 - finite[:, None])
             faded = tl.exp2(top - finite)
             total = total * faded + tl.sum(shares, 1)
-            values = load_keys(v, offsets, seen, D, BLOCK_D, True)
+            values = load_keys(v, offsets, seen, D, BLOCK_D, True).to(query.dtype)
             acc = tl.dot(shares.to(values.dtype), values, acc * faded[:, None], input_precision=PRECISION)
             top = higher
         some = total > 0.0

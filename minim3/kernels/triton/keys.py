@@ -35,6 +35,27 @@ def key_offsets(
 
 
 @triton.jit
+def load_rows(pointer, offsets, used, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`[rows, BLOCK_D]` at row `offsets`, zeros where not `used`."""
+    channel = tl.arange(0, BLOCK_D)
+    pointers = pointer + offsets[:, None] + channel[None, :]
+    return tl.load(pointers, mask=used[:, None] & (channel < D)[None, :], other=0.0)
+
+
+@triton.jit
+def load_keys(pointer, offsets, seen, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Keys or values `[keys, BLOCK_D]`; MASKED: what is not `seen` is not read (it may hold NaN)."""
+    channel = tl.arange(0, BLOCK_D)
+    pointers = pointer + offsets[:, None] + channel[None, :]
+    if MASKED:
+        return tl.load(pointers, mask=seen[:, None] & (channel < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=(channel < D)[None, :], other=0.0)
+
+
+@triton.jit
 def row_offsets(positions, stride):
     """int64 offsets of rows, whatever the type of `positions`: tables pass 2**31 elements."""
     return tl.cast(positions, tl.int64) * stride

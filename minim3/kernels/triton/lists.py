@@ -34,10 +34,19 @@ class Lists(NamedTuple):
 
 def sparse_lists(block_indices: Tensor, layout: Layout, block_size: int) -> Lists:
     """Of chosen blocks int32 `[T, Hkv, K]`; those that hold nothing a query may see are left out."""
+    order, lists = sorted_choices(block_indices, layout, block_size, 0)
+    return lists._replace(tokens=(order // (block_indices.shape[1] * block_indices.shape[2])).int())
+
+
+def sorted_choices(block_indices: Tensor, layout: Layout, block_size: int, first: int) -> tuple[Tensor, Lists]:
+    """Of the blocks `[t, Hkv, K]` that queries from `first` on chose: where each entry of the lists stands among them.
+
+    The lists come without `tokens`.
+    """
     tokens, heads, topk = block_indices.shape
     blocks, first_block = layout.key_blocks(block_size)
     num_blocks, device = blocks.shape[0], block_indices.device
-    sequence, start = layout.tiles(1).unbind(1)
+    sequence, start = layout.tiles(1)[first : first + tokens].unbind(1)
     record = layout.table[sequence.long()]
     current = ((record[:, 4] + start) // block_size)[:, None, None]
     head = torch.arange(heads, device=device)[:, None] * num_blocks
@@ -47,8 +56,7 @@ def sparse_lists(block_indices: Tensor, layout: Layout, block_size: int) -> List
     lists, order = torch.sort(lists.int().flatten(), stable=True)
     bounds = torch.searchsorted(lists, torch.arange(heads * num_blocks + 1, dtype=torch.int32, device=device))
     counts = bounds[1:] - bounds[:-1]
-    entries = tokens * heads * topk
-    return _cut((order // (heads * topk)).int(), bounds[:-1], counts, entries, blocks)
+    return order, _cut(None, bounds[:-1], counts, tokens * heads * topk, blocks)
 
 
 def dense_lists(layout: Layout, heads: int, block_size: int, causal: bool) -> Lists:

@@ -14,11 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minim3.kernels.triton import by_key
 from minim3.kernels.triton.keys import (
     LN_2,
     LOG2_E,
     Pages,
     key_offsets,
+    load_keys,
+    load_rows,
     power_of_two,
     precision,
     row_offsets,
@@ -36,30 +39,15 @@ DENSE_ROWS = 128
 SPARSE_KEYS = 64
 """Keys of a block taken at once."""
 
+MANY_QUERIES = 1024
+"""From so many queries on it is worth looking whether tiles share their blocks."""
+
+FEW_SHARED = 2.5
+"""How many times the blocks that a token chose its tile may walk along; beyond it, queries are gathered key by key."""
+
 WARPS: int | None = None
 STAGES: int | None = None
 """Warps of a program and loads under way; None: by the size of the tile."""
-
-
-@triton.jit
-def load_rows(pointer, offsets, used, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`[rows, BLOCK_D]` at row `offsets`, zeros where not `used`."""
-    channel = tl.arange(0, BLOCK_D)
-    pointers = pointer + offsets[:, None] + channel[None, :]
-    return tl.load(pointers, mask=used[:, None] & (channel < D)[None, :], other=0.0)
-
-
-@triton.jit
-def load_keys(pointer, offsets, seen, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Keys or values `[keys, BLOCK_D]`; MASKED: what is not `seen` is not read (it may hold NaN)."""
-    channel = tl.arange(0, BLOCK_D)
-    pointers = pointer + offsets[:, None] + channel[None, :]
-    if MASKED:
-        return tl.load(pointers, mask=seen[:, None] & (channel < D)[None, :], other=0.0)
-    elif D == BLOCK_D:
-        return tl.load(pointers)
-    else:
-        return tl.load(pointers, mask=(channel < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -75,7 +63,7 @@ def _attend(
         start, within, first_key, num_keys - 1, table_row, page_size, stride_page, stride_token, PAGED, ONE_PAGE
     )
     seen = start + within < num_keys
-    keys = load_keys(k, offsets, seen, D, BLOCK_D, MASKED)
+    keys = load_keys(k, offsets, seen, D, BLOCK_D, MASKED).to(query.dtype)
     scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
     if MASKED:
         if CAUSAL:
@@ -91,7 +79,7 @@ def _attend(
         shares = tl.exp2(scores * scale_log2 - higher[:, None])
         faded = tl.exp2(top - higher)
     total = total * faded + tl.sum(shares, 1)
-    values = load_keys(v, offsets, seen, D, BLOCK_D, MASKED)
+    values = load_keys(v, offsets, seen, D, BLOCK_D, MASKED).to(query.dtype)
     acc = acc * faded[:, None]
     acc = tl.dot(shares.to(values.dtype), values, acc, input_precision=PRECISION)
     return acc, higher, total
@@ -135,7 +123,7 @@ def _forward_kernel(
         total = tl.zeros([ROWS], tl.float32)
         if SPARSE:
             base = row_offsets(tile * KV_HEADS + kv_head, CANDIDATES)
-            counts = union_counts + row_offsets(tile * KV_HEADS + kv_head, 2)
+            counts = union_counts + row_offsets(tile * KV_HEADS + kv_head, 3)
             complete = tl.load(counts) * STEPS
             steps = tl.load(counts + 1) * STEPS
         else:
@@ -220,6 +208,15 @@ class Tiles:
         }  # fmt: skip
 
 
+    def share_little(self, queries: int, layout: Layout) -> bool:
+        """Whether tiles would walk along far more blocks than their tokens chose (one number is read back)."""
+        if self.union is None or self.tokens == 1 or queries < MANY_QUERIES or layout.spans is None:
+            return False
+        walked = self.union.counts[..., 1].sum(dtype=torch.int64)
+        chosen = self.union.counts[..., 2].sum(dtype=torch.int64)
+        return bool(walked * self.tokens > FEW_SHARED * chosen)
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor | None, layout: Layout, *, page_table: Tensor | None,
     block_size: int, scale: float, causal: bool = True, rows: int | None = None,
@@ -237,6 +234,10 @@ def forward(
         tiles = Tiles(
             q, k, block_indices, layout, page_table=page_table, block_size=block_size, causal=causal, rows=rows
         )
+        if rows is None and tiles.share_little(q.shape[0], layout):
+            assert block_indices is not None
+            by_key.forward(q, k, v, block_indices, layout, page_table, block_size, scale, out, lse)
+            return out, lse
         _forward_kernel[tiles.grid](
             q, k, v, out, lse, scale_log2=scale * LOG2_E, LN2=LN_2,
             num_warps=WARPS or (4 if tiles.rows <= 64 else 8), num_stages=STAGES or tiles.stages, **tiles.arguments,

@@ -22,7 +22,7 @@ def _norm_rope_store_kernel(
     x, weight, freqs_cis, out, pages, slots, stride_x, stride_x_head, stride_weight_head, stride_freqs, stride_page,
     stride_page_head, stride_page_token, page_size, eps,
     HEADS: tl.constexpr, SOME: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
-    NORM: tl.constexpr, STORE: tl.constexpr,
+    NORM: tl.constexpr, STORE: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
     """SOME heads of one token."""
     token = tl.program_id(0)
@@ -54,6 +54,9 @@ def _norm_rope_store_kernel(
         slot = tl.load(slots + token).to(tl.int64)
         place = slot // page_size * stride_page + slot % page_size * stride_page_token
         target = place + (head.to(tl.int64) * stride_page_head)[:, None] + channel[None, :]
+        if LIMIT > 0:
+            # e4m3 has no infinity: what is out of range would become NaN.
+            result = tl.minimum(tl.maximum(result.to(tl.float32), -LIMIT), LIMIT)
         tl.store(pages + target, result.to(pages.dtype.element_ty), mask=mask)
 
 
@@ -86,7 +89,7 @@ def _run(
         weights.stride(0) if weights.dim() == 2 else 0, freqs_cis.stride(0), stored.stride(0),
         stored.stride(1) if stored.dim() == 4 else 0, stored.stride(-2), stored.shape[-2], eps, HEADS=heads, SOME=some,
         D=dim, BLOCK_D=power_of_two(dim), HALF=freqs_cis.shape[-1] // 2, NORM=weight is not None,
-        STORE=pages is not None, num_warps=4,
+        STORE=pages is not None, LIMIT=448.0 if stored.dtype == torch.float8_e4m3fn else 0.0, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -47,7 +47,7 @@ def _score_block(
         keys = tl.load(pointers)
     else:
         keys = tl.load(pointers, mask=(channel < D)[None, :], other=0.0)
-    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    scores = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision=PRECISION)
     if MASKED:
         scores = tl.where((start + within)[None, :] <= position[:, None], scores, float("-inf"))
     if LSE:

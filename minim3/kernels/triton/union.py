@@ -18,8 +18,8 @@ MOST_CANDIDATES = 256
 
 class Union(NamedTuple):
     """ids, members: int32 `[tiles, Hkv, candidates]`, ascending blocks and a bit for each token of the tile that chose
-    them; counts: int32 `[tiles, Hkv, 2]`, how many blocks all tokens see whole (they come first), and how many in all.
-    """
+    them; counts: int32 `[tiles, Hkv, 3]`, how many blocks all tokens see whole (they come first), how many there are in
+    all, and how many the tokens chose, each for itself."""
 
     ids: Tensor
     members: Tensor
@@ -58,8 +58,10 @@ def _union_kernel(
         tl.store(ids_out + base + rank, id, mask=first > 0)
         tl.store(members_out + base + rank, members, mask=first > 0)
         complete = tl.sum(tl.where((id + 1) * BLOCK_SIZE - 1 <= lowest, first, 0), 0)
-        tl.store(counts_out + row_offsets(tile * HEADS + head, 2), complete)
-        tl.store(counts_out + row_offsets(tile * HEADS + head, 2) + 1, tl.sum(first, 0))
+        counts = counts_out + row_offsets(tile * HEADS + head, 3)
+        tl.store(counts, complete)
+        tl.store(counts + 1, tl.sum(first, 0))
+        tl.store(counts + 2, tl.sum(used.to(tl.int32), 0))
 
 
 def make_union(block_indices: Tensor, layout: Layout, tokens: int, block_size: int) -> Union:
@@ -70,7 +72,7 @@ def make_union(block_indices: Tensor, layout: Layout, tokens: int, block_size: i
         block_indices = block_indices.contiguous()
     slots = power_of_two(topk)
     ids = torch.empty(tiles.shape[0], heads, tokens * slots, dtype=torch.int32, device=block_indices.device)
-    members, counts = torch.empty_like(ids), ids.new_empty(tiles.shape[0], heads, 2)
+    members, counts = torch.empty_like(ids), ids.new_empty(tiles.shape[0], heads, 3)
     _union_kernel[tiles.shape[0], heads](
         block_indices, layout.table, tiles, ids, members, counts, block_indices.stride(0), block_indices.stride(1),
         COLUMNS=layout.table.shape[1], HEADS=heads, TOKENS=tokens, TOPK=topk, SLOTS=slots, BLOCK_SIZE=block_size,

@@ -1,0 +1,120 @@
+"""Compiles every Triton kernel for a GPU that need not be there: `python tests/triton_compiler.py 90 bfloat16`.
+
+Each launch of the released shapes is compiled instead of run, for the given compute capability and dtype; a line says
+what it takes of registers and shared memory. What is launched is what the launching code makes of the shapes.
+"""
+
+import inspect
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import jit
+
+from minim3.kernels.triton import (
+    alignment,
+    attention,
+    by_key,
+    decode,
+    experts,
+    fused,
+    layout,
+    prefill,
+    rotation,
+    select,
+)
+
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
+TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float8_e4m3fn: "fp8e4nv",
+    torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+T, HEADS, KV_HEADS, DIM, BLOCK, TOPK = 256, 64, 4, 128, 128, 16
+
+
+def compile_instead(capability: int) -> None:
+    """From now on a launch compiles its kernel and does nothing else."""
+    seen = set()
+
+    def run(self: jit.JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> None:
+        options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+        given = inspect.signature(self.fn).bind(*args, **kwargs).arguments
+        signature, constants, attributes = {}, {}, {}
+        for place, parameter in enumerate(self.params):
+            name, value = parameter.name, given[parameter.name]
+            if parameter.is_constexpr or (type(value) is int and value == 1):
+                signature[name], constants[name] = "constexpr", value
+            elif isinstance(value, torch.Tensor):
+                signature[name] = "*" + TYPES[value.dtype]
+                attributes[(place,)] = [["tt.divisibility", 16]]
+            elif isinstance(value, int):
+                signature[name] = "i32" if abs(value) < 2**31 else "i64"
+                if value % 16 == 0:
+                    attributes[(place,)] = [["tt.divisibility", 16]]
+            else:
+                signature[name] = "fp32"
+        key = self.fn.__name__, str(signature), str(constants), str(options)
+        if key in seen:
+            return
+        seen.add(key)
+        source = ASTSource(self, signature, constants, attributes)
+        made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        products = {name: made.asm["ptx"].count(name) for name in ("wgmma.mma", "mma.sync")}
+        print(self.fn.__module__, self.fn.__name__, options, f"shared {made.metadata.shared}", products, flush=True)
+        assert made.metadata.shared <= SHARED_BYTES[capability], "more shared memory than a program may have"
+
+    jit.JITFunction.run = run  # type: ignore[method-assign]
+
+
+def launch_all(dtype: torch.dtype) -> None:
+    cu = [0, T]
+    q, k, v = (torch.empty(T, heads, DIM, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    index_q, index_k = torch.empty(T, KV_HEADS, DIM, dtype=dtype), torch.empty(T, DIM, dtype=dtype)
+    ids = torch.zeros(T, KV_HEADS, TOPK, dtype=torch.int32)
+    run = {"block_size": BLOCK, "topk_blocks": TOPK}
+    for score_type in ("max", "lse"):
+        select.select_blocks(index_q, index_k, cu, cu, score_type=score_type, **run)
+    select._CHUNK = 1
+    select.select_blocks(index_q, index_k, cu, cu, **run)
+    select._CHUNK = 1024
+    where = layout.packed_layout(cu, cu, None, q, k)
+    select.index_log_sum_exp(index_q, index_k, where, BLOCK, 0.1)
+    for leaves in ([q, k, v], [x.clone().requires_grad_() for x in (q, k, v)]):
+        for out, _ in (
+            attention.block_sparse_attention(*leaves, ids, cu, cu, block_size=BLOCK),
+            attention.varlen_attention(*leaves, cu, cu),
+            attention.varlen_attention(*leaves, cu, cu, causal=False),
+        ):
+            if out.requires_grad:
+                out.sum().backward()
+    by_key.forward(q, k, v, ids, where, None, BLOCK, 0.1, q, torch.empty(T, HEADS))
+    for chosen in (ids, None):
+        leaves = [index_q.clone().requires_grad_(), index_k.clone().requires_grad_()]
+        alignment.indexer_kl(q, k, *leaves, chosen, cu, cu, block_size=BLOCK).backward()
+    pages, table = torch.empty(8, KV_HEADS, BLOCK, DIM, dtype=dtype), torch.arange(8).view(1, 8)
+    for count, cache in ((1, dtype), (T, dtype), *[(n, torch.float8_e4m3fn) for n in (1, T) if dtype != torch.float32]):
+        held, step = pages.to(cache), layout.paged_layout(table, [1000], [0, count], BLOCK, count, None)
+        select.select_blocks_paged(index_q[:count], held[:, 0].contiguous(), table, [1000], [0, count], **run)
+        for chosen, size in ((ids[:count], BLOCK), (None, 64)):
+            if count == 1:
+                decode.decode(q[:1], held, held, table, chosen, step, block_size=size, scale=0.1)
+            else:
+                prefill.forward(q, held, held, chosen, step, page_table=table, block_size=size, scale=0.1)
+    for tokens in (4, 400):
+        x, w13, w2 = (torch.empty(*s, dtype=dtype) for s in ((tokens, 512), (8, 768, 512), (8, 512, 384)))
+        choice = torch.stack([torch.randperm(8)[:4] for _ in range(tokens)])
+        leaves = [x, *[w.requires_grad_() for w in (w13, w2, torch.rand(tokens, 4))]]
+        experts.grouped_experts(*leaves[:3], choice, leaves[3], alpha=1.7, limit=7.0).sum().backward()
+    slots = torch.arange(8)
+    rotation.norm_rope_store(
+        q[:8, :KV_HEADS], torch.empty(DIM, dtype=dtype), torch.empty(8, 64), eps=1e-6, pages=pages, slots=slots
+    )
+    fused.add_norm(torch.empty(8, 6144, dtype=dtype), torch.empty(8, 6144, dtype=dtype), torch.empty(6144), eps=1e-6)
+    fused.swiglu_oai(torch.empty(8, 6144, dtype=dtype), 1.7, 7.0)
+
+
+if __name__ == "__main__":
+    compile_instead(int(sys.argv[1]))
+    launch_all(getattr(torch, sys.argv[2]))
