@@ -291,7 +291,7 @@ def test_the_log_holds_every_loss_and_the_speed(tmp_path: Path, capsys: pytest.C
     err = capsys.readouterr().err
     assert "step 4/4 next_token" in err
     assert "of peak" in err
-    assert "min left" in err
+    assert " left" in err
     assert "eval 4" in err
 
 

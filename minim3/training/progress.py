@@ -130,6 +130,8 @@ class TrainingLog:
 
     def _time_left(self, step: int) -> str:
         seconds = (time.monotonic() - self.started) / max(1, self.total_steps) * (self.recipe.steps - step)
+        if seconds < 100:
+            return f"{seconds:.0f} s left"
         hours, minutes = divmod(round(seconds / 60), 60)
         return f"{hours} h {minutes:02} min left" if hours else f"{minutes} min left"
 
