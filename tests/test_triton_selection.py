@@ -128,6 +128,13 @@ def test_lengths_that_the_host_does_not_know() -> None:
     run = {"block_size": 16, "topk_blocks": 2, "init_blocks": 0, "local_blocks": 1, "score_type": "max", "scale": None}
     unknown = layout._of_device(table, torch.tensor(lengths), torch.tensor(cu_q), 16, 7)
     got = select._select(q, pages, table, unknown, **run)
+    plan = kernels.DevicePlan(table, torch.tensor(lengths), torch.tensor(cu_q), 16)
+    for _ in range(2):  # the second call takes the tables of the first
+        where = q, pages, table, plan.lengths_k, plan.cu_seqlens_q
+        again = kernels.select_blocks_paged(*where, block_size=16, topk_blocks=2, implementation="triton", plan=plan)
+        assert torch.equal(again, got)
+    with pytest.raises(ValueError, match="a DevicePlan is for Triton kernels"):
+        kernels.select_blocks_paged(*where, block_size=16, topk_blocks=2, plan=plan)
     want = kernels.select_blocks_paged(q, pages, table, lengths, cu_q, implementation="reference", **run)
     assert torch.equal(got, want)
 

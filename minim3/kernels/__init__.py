@@ -5,7 +5,8 @@ Shapes and meaning: the docstrings in `minim3.kernels.reference`, which is the d
 GPUs; interpreted on a CPU where TRITON_INTERPRET=1), or None for the choice of `choose`: Triton on CUDA where it has a
 kernel for the types and shapes, else portable. Each choice is logged once (logger `minim3.kernels`). T packed
 queries, S packed keys, N sequences; lengths are int32 tensors or sequences of integers.
-The paged ops take a `PagedPlan` of the step besides, where one is shared by many calls with the same sequences.
+The paged ops take a `PagedPlan` of the step besides, where one is shared by many calls with the same sequences; in
+Triton also a `DevicePlan`, where only the device knows the lengths.
 """
 
 import importlib
@@ -19,11 +20,13 @@ import torch
 from torch import Tensor
 
 from minim3.kernels import availability, portable, reference
+from minim3.kernels.device_plan import DevicePlan
 from minim3.kernels.portable.plan import PagedPlan
 from minim3.kernels.sequences import Lengths
 
 __all__ = [
     "Choice",
+    "DevicePlan",
     "PagedPlan",
     "block_sparse_attention",
     "block_sparse_attention_paged",
@@ -109,8 +112,9 @@ def _module(name: str) -> ModuleType:
 
 
 def _function(
-    implementation: str | None, op: str, tensor: Tensor, misfit: Callable[[], str | None] | None = None
-) -> Callable[..., Any]:
+    implementation: str | None, op: str, tensor: Tensor, misfit: Callable[[], str | None] | None = None,
+    plan: PagedPlan | DevicePlan | None = None,
+) -> Callable[..., Any]:  # fmt: skip
     """What runs `op`. Under autocast it runs with autocast off, which would take products below fp32 again.
 
     misfit: says why a Triton kernel does not take the shapes, if one does not; asked only where one could run.
@@ -120,13 +124,15 @@ def _function(
     if misfit is not None and (implementation == "triton" or (implementation is None and device_type == "cuda")):
         reason = misfit()
     name = _choose(implementation, op, device_type, tensor.dtype, reason).name
+    if isinstance(plan, DevicePlan) and name == "portable":
+        raise ValueError(f"a DevicePlan is for Triton kernels, but {op} on {device_type} runs {name}; pass a PagedPlan")
     function: Callable[..., Any] = getattr(_module(name), op)
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)(function)
     return function
 
 
-def _planned(implementation: str | None, plan: PagedPlan | None) -> dict[str, PagedPlan]:
+def _planned(implementation: str | None, plan: PagedPlan | DevicePlan | None) -> dict[str, PagedPlan | DevicePlan]:
     """A plan saves work; the reference does without."""
     return {} if plan is None or implementation == "reference" else {"plan": plan}
 
@@ -159,12 +165,13 @@ def select_blocks(
 def select_blocks_paged(
     index_q: Tensor, index_k_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
     block_size: int, topk_blocks: int, init_blocks: int = 0, local_blocks: int = 1, score_type: str = "max",
-    scale: float | None = None, implementation: str | None = None, plan: PagedPlan | None = None,
+    scale: float | None = None, implementation: str | None = None, plan: PagedPlan | DevicePlan | None = None,
 ) -> Tensor:  # fmt: skip
     """`select_blocks` over index key pages `[P, page, Di]`; `page_table[n]` lists those of sequence n."""
     return _function(
         implementation, "select_blocks_paged", index_q,
         lambda: availability.why_not_selection(index_q, index_k_pages, block_size, topk_blocks, scale, True),
+        plan,
     )(
         index_q, index_k_pages, page_table, lengths_k, cu_seqlens_q, block_size=block_size, topk_blocks=topk_blocks,
         init_blocks=init_blocks, local_blocks=local_blocks, score_type=score_type, scale=scale,
@@ -203,13 +210,14 @@ def varlen_attention(
 def block_sparse_attention_paged(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, block_indices: Tensor,
     cu_seqlens_q: Lengths, *, block_size: int, scale: float | None = None, implementation: str | None = None,
-    plan: PagedPlan | None = None,
+    plan: PagedPlan | DevicePlan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`block_sparse_attention` over pages `[P, Hkv, page, D]`; `lengths_k` counts the new tokens too (no gradient)."""
     _check_heads(q, k_pages.shape[1], block_indices)
     return _function(
         implementation, "block_sparse_attention_paged", q,
         lambda: availability.why_not_attention(q, k_pages, v_pages, block_size, block_indices.shape[-1], scale, True),
+        plan,
     )(
         q, k_pages, v_pages, page_table, lengths_k, block_indices, cu_seqlens_q, block_size=block_size, scale=scale,
         **_planned(implementation, plan),
@@ -218,13 +226,14 @@ def block_sparse_attention_paged(
 
 def paged_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
-    scale: float | None = None, implementation: str | None = None, plan: PagedPlan | None = None,
+    scale: float | None = None, implementation: str | None = None, plan: PagedPlan | DevicePlan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Dense causal attention over pages `[P, Hkv, page, D]`; `lengths_k` counts the new tokens too (no gradient)."""
     _check_heads(q, k_pages.shape[1], None)
     return _function(
         implementation, "paged_attention", q,
         lambda: availability.why_not_attention(q, k_pages, v_pages, None, 1, scale, True),
+        plan,
     )(
         q, k_pages, v_pages, page_table, lengths_k, cu_seqlens_q, scale=scale, **_planned(implementation, plan)
     )

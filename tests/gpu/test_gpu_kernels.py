@@ -231,6 +231,8 @@ def test_a_step_of_decoding_as_a_graph() -> None:
 
     def step(lengths_k, cu_q) -> Tensor:
         run = {"implementation": "triton"}
+        if isinstance(lengths_k, Tensor):
+            run["plan"] = kernels.DevicePlan(table, lengths_k, cu_q, BLOCK)
         ids = kernels.select_blocks_paged(index_q, index_pages, table, lengths_k, cu_q, **SELECTION, **run)
         return kernels.block_sparse_attention_paged(
             q, k_pages, v_pages, table, lengths_k, ids, cu_q, block_size=BLOCK, **run

@@ -7,12 +7,13 @@ shapes of the arguments, so that a CUDA graph may hold the step. Such lengths ar
 
 import weakref
 from collections import OrderedDict
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from minim3.kernels.device_plan import DevicePlan
 from minim3.kernels.portable.plan import PagedPlan
 from minim3.kernels.sequences import Lengths, Span, as_ints, sequence_spans
 
@@ -20,7 +21,8 @@ COLUMNS = 5
 """Of the table of sequences: first query, queries, first key, keys, position of the first query."""
 
 
-class Layout(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Layout:
     """N sequences. `table` is int64 `[N, COLUMNS]`; `spans` holds the same for the host, or None: it knows nothing."""
 
     table: Tensor
@@ -29,12 +31,17 @@ class Layout(NamedTuple):
     most_keys: int
     """No sequence has more."""
 
+    _tiles: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False)
+
     def tiles(self, step: int) -> Tensor:
         """int32 `[tiles, 2]`: (sequence, first of its queries) of runs of up to `step` queries; -1 in unused rows."""
         if self.spans is not None:
             return _host_runs(tuple(s.num_queries for s in self.spans), step, str(self.table.device))
-        bound = self.num_queries if step == 1 else self.num_queries // step + self.table.shape[0]
-        return _runs(self.table[:, 1], step, bound)
+        known = self._tiles.get(step)
+        if known is None:
+            bound = self.num_queries if step == 1 else self.num_queries // step + self.table.shape[0]
+            known = self._tiles[step] = _runs(self.table[:, 1], step, bound)
+        return known
 
     def key_blocks(self, block_size: int) -> tuple[Tensor, Tensor]:
         """int32 `[blocks, 2]`: (sequence, first of its keys) of every block of keys; int64 `[N]`: its first row there.
@@ -65,9 +72,12 @@ def packed_layout(
 
 def paged_layout(
     page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, page_size: int, num_queries: int,
-    plan: PagedPlan | None,
+    plan: PagedPlan | DevicePlan | None,
 ) -> Layout:  # fmt: skip
     """Of queries whose keys lie in pages; raises `ValueError` as `PagedPlan` does where the host knows the lengths."""
+    if isinstance(plan, DevicePlan):
+        step = plan.page_table, plan.lengths_k, plan.cu_seqlens_q, page_size, num_queries
+        return plan.once(("layout", page_size, num_queries), lambda: _of_device(*step))
     if plan is None:
         if on_device(lengths_k) and on_device(cu_seqlens_q):
             return _of_device(page_table, lengths_k, cu_seqlens_q, page_size, num_queries)  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from minim3.kernels.device_plan import DevicePlan
 from minim3.kernels.portable.plan import PagedPlan
 from minim3.kernels.sequences import Lengths
 from minim3.kernels.triton.decode import decode
@@ -17,7 +18,7 @@ _DENSE_KEYS = 64
 
 def block_sparse_attention_paged(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, block_indices: Tensor,
-    cu_seqlens_q: Lengths, *, block_size: int, scale: float | None = None, plan: PagedPlan | None = None,
+    cu_seqlens_q: Lengths, *, block_size: int, scale: float | None = None, plan: PagedPlan | DevicePlan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See the reference. Lengths on the device are taken as they are, unread by the host."""
     return _paged(q, k_pages, v_pages, page_table, lengths_k, block_indices, cu_seqlens_q, block_size, scale, plan)
@@ -25,7 +26,7 @@ def block_sparse_attention_paged(
 
 def paged_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
-    scale: float | None = None, plan: PagedPlan | None = None,
+    scale: float | None = None, plan: PagedPlan | DevicePlan | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """See the reference. Lengths on the device are taken as they are, unread by the host."""
     return _paged(q, k_pages, v_pages, page_table, lengths_k, None, cu_seqlens_q, _DENSE_KEYS, scale, plan)
@@ -33,7 +34,7 @@ def paged_attention(
 
 def _paged(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, block_indices: Tensor | None,
-    cu_seqlens_q: Lengths, block_size: int, scale: float | None, plan: PagedPlan | None,
+    cu_seqlens_q: Lengths, block_size: int, scale: float | None, plan: PagedPlan | DevicePlan | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     layout = paged_layout(page_table, lengths_k, cu_seqlens_q, k_pages.shape[-2], q.shape[0], plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

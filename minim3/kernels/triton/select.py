@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minim3.kernels.device_plan import DevicePlan
 from minim3.kernels.portable.plan import PagedPlan
 from minim3.kernels.sequences import Lengths, check_selection
 from minim3.kernels.triton.keys import Pages, key_offsets, power_of_two, precision, row_offsets, rows_contiguous, stages
@@ -290,6 +291,8 @@ class _Table:
 _CHUNK = 1024
 """Block scores of a row that are searched at once."""
 
+_CHOOSE_WARPS = 4
+
 _CHOOSE_ROWS = 8
 """Rows searched by one program: 32 bytes of each line of the table."""
 
@@ -319,11 +322,11 @@ def _select(
             ids = torch.empty(chunks * slots, num_rows, dtype=torch.int32, device=out.device)
         _choose_kernel[num_rows // _CHOOSE_ROWS, chunks](
             scores, layout.table, table.tiles, out, values, ids, init_blocks=init_blocks, local_blocks=local_blocks,
-            FINAL=chunks == 1, **run,
+            FINAL=chunks == 1, num_warps=_CHOOSE_WARPS, **run,
         )  # fmt: skip
         if chunks > 1:
             _merge_kernel[num_rows // _CHOOSE_ROWS,](
-                layout.table, table.tiles, out, values, ids, CHUNKS=power_of_two(chunks), **run
+                layout.table, table.tiles, out, values, ids, CHUNKS=power_of_two(chunks), num_warps=_CHOOSE_WARPS, **run
             )
     return out
 
@@ -344,7 +347,7 @@ def select_blocks(
 def select_blocks_paged(
     index_q: Tensor, index_k_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
     block_size: int, topk_blocks: int, init_blocks: int = 0, local_blocks: int = 1, score_type: str = "max",
-    scale: float | None = None, plan: PagedPlan | None = None,
+    scale: float | None = None, plan: PagedPlan | DevicePlan | None = None,
 ) -> Tensor:  # fmt: skip
     """See the reference. Lengths on the device are taken as they are, unread by the host."""
     layout = paged_layout(page_table, lengths_k, cu_seqlens_q, index_k_pages.shape[-2], index_q.shape[0], plan)
