@@ -17,10 +17,7 @@ With draws found by number, a stream goes on bit for bit with any number of work
 numbers, and nothing is replayed.
 """
 
-import json
-import logging
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from minim3.training.bad_records import BadRecords, BadRecordsError
 from minim3.training.batch import (
     EVALUATION_SPLIT,
     TRAINING_SPLIT,
@@ -45,17 +43,11 @@ from minim3.training.records import BadRecord, DocumentEncoder, RecordError
 from minim3.training.sources import HubStream, open_records
 from minim3.training.workers import InlineWorkers, WorkerProcesses
 
-logger = logging.getLogger(__name__)
-
 # Groups of numbered sources are numbered [split, batch, draw]: a batch never holds this many groups, nor a run this
 # many batches.
 GROUPS_PER_BATCH, BATCHES_PER_SPLIT = 2**20, 2**40
 # So many draws in a row of records that are known to be bad: there is nothing else.
 MAX_USELESS_DRAWS = 1000
-
-
-class BadRecordsError(ValueError):
-    """More bad records than the recipe allows."""
 
 
 def evaluation_recipe(data: DataRecipe, sources: Sequence[SourceRecipe]) -> DataRecipe:
@@ -243,42 +235,6 @@ class _StreamedDraws:
             return _Draw(self.encoder.encode_record(record, self.recipe, self.stream.folder), reader=state)
         except RecordError as error:
             return _Draw(bad=BadRecord(self.stream.name, number, error.kind, str(error)), reader=state)
-
-
-class BadRecords:
-    """The bad records met so far, each counted once, and the file that lists them."""
-
-    NUM_QUOTED = 5
-
-    def __init__(self, limit: int, path: Path | None, known: Sequence[BadRecord] = ()) -> None:
-        self.limit, self.path = limit, path
-        self.records = list(known)
-        self._places = {(record.file, record.number) for record in known}
-        if path is not None and (known or path.exists()):
-            path.write_text("".join(json.dumps(asdict(record)) + "\n" for record in known), encoding="utf-8")
-
-    def add(self, record: BadRecord) -> bool:
-        """Count and report a record; False for one that was counted before. BadRecordsError past the limit."""
-        if (record.file, record.number) in self._places:
-            return False
-        self._places.add((record.file, record.number))
-        self.records.append(record)
-        logger.warning("bad record %d (of %d allowed) left out: %s", len(self.records), self.limit, record)
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(record)) + "\n")
-        if len(self.records) > self.limit:
-            raise BadRecordsError(self._summary())
-        return True
-
-    def _summary(self) -> str:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(one.kind for one in self.records).most_common())
-        listed = "\n".join(f"  {record}" for record in self.records[: self.NUM_QUOTED])
-        where = "" if self.path is None else f"; all are in {self.path}"
-        return (
-            f"{len(self.records)} bad records, data.max_bad_records is {self.limit} ({kinds}). The first:\n{listed}\n"
-            f"Mend the data or raise data.max_bad_records{where}"
-        )
 
 
 class BatchStream:
