@@ -134,7 +134,7 @@ def test_version_and_no_command(run: Run) -> None:
     assert run("--version") == (0, f"minim3 {minim3.__version__}\n", "")
     code, out, _ = run()
     assert code == 2
-    for command in ("generate", "chat", "info", "convert", "train", "demo"):
+    for command in ("generate", "chat", "info", "convert", "train", "eval", "demo"):
         assert command in out
 
 

@@ -17,7 +17,7 @@ ROWS = (
     ("model",),
     ("loading",),
     ("inference", "parallel"),
-    ("server", "training"),
+    ("server", "training", "evaluation"),
     ("integrations", "pocket"),
     ("cli",),
     ("__main__",),
