@@ -10,7 +10,8 @@ if not torch.cuda.is_available():
 
 from tests.tiny_models import random_ids, text_model
 
-SHAPE = {"index_block_size": 32, "index_topk_blocks": 3, "hidden_size": 64, "vocab_size": 256, "max_position_embeddings": 512}
+SHAPE = {"index_block_size": 32, "index_topk_blocks": 3, "hidden_size": 64, "vocab_size": 256,
+         "max_position_embeddings": 512}  # fmt: skip
 
 
 def models() -> tuple:
