@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minim3 import kernels
-from minim3.checkpoint import write_checkpoint
+from minim3.checkpoint import Placement, read_adapter, write_checkpoint
 from minim3.checkpoint.adapter import CONFIG_FILE, TENSOR_FILE
 from minim3.checkpoint.adapter_names import TARGET_GROUPS
 from minim3.model.adapter import (
@@ -301,6 +301,19 @@ def test_merged_on_loading(folders: Path, name: str) -> None:
     ids = {"input_ids": random_ids(1, 30)}
     text = MiniMaxM3SparseForCausalLM.from_pretrained(folders / "base", adapter=folders / name)
     torch.testing.assert_close(logits(text, ids), logits(model, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stack", ["w13", "w2"])
+def test_merged_into_stacks_that_are_stored_whole(folders: Path, stack: str) -> None:
+    """As transformers stores them, where one tensor of a checkpoint takes the factors of many modules."""
+    name = f"language_model.model.layers.1.block_sparse_moe.experts.{stack}"
+    adapter, before = read_adapter(folders / "adapter"), vl_model().get_parameter(name).detach()
+    model = adapted(vl_model())
+    merge_adapter(model)
+    after = model.get_parameter(name)
+    torch.testing.assert_close(adapter.merged(Placement(name), before), after, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(adapter.merged(Placement(name, 2), before[2]), after[2], atol=1e-6, rtol=1e-6)
+    assert ((after - before).abs().amax((1, 2)) > 1e-2).all(), "every expert changes"
 
 
 @pytest.mark.parametrize("format", ["int8", "mxfp8"])

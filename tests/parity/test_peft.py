@@ -12,7 +12,7 @@ pytest.importorskip("peft")
 
 import peft
 
-from minim3.model.adapter import adapter_parameters, attach_adapter, load_adapter, save_adapter
+from minim3.model.adapter import adapter_parameters, attach_adapter, load_adapter, merge_adapter, save_adapter
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration
 from tests.parity.oracle import random_config, random_inputs, random_model
 
@@ -153,3 +153,10 @@ def test_text_models(base: Path, tmp_path: Path) -> None:
         with wrapped.disable_adapter():
             assert (expected - wrapped(input_ids=ids).logits).abs().max() > 1e-2
         torch.testing.assert_close(text(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    # Merged into a checkpoint of transformers' text model, which stores its stacks and pairs fused. Weights, not logits:
+    # fresh routers are so near to ties that the last bits choose other experts.
+    load = MiniMaxM3SparseForCausalLM.from_pretrained
+    merged = load(tmp_path / "base", dtype=torch.float32, adapter=tmp_path / "adapter").state_dict()
+    merge_adapter(text)
+    for name, weight in text.state_dict().items():
+        torch.testing.assert_close(merged[name], weight, atol=1e-6, rtol=1e-6)
