@@ -153,7 +153,7 @@ def test_text_models(base: Path, tmp_path: Path) -> None:
         with wrapped.disable_adapter():
             assert (expected - wrapped(input_ids=ids).logits).abs().max() > 1e-2
         torch.testing.assert_close(text(ids).logits, expected, atol=1e-4, rtol=1e-4)
-    # Merged into a checkpoint of transformers' text model, which stores its stacks and pairs fused. Weights, not logits:
+    # Merged into a checkpoint of transformers' text model, which stores stacks and pairs fused. Weights, not logits:
     # fresh routers are so near to ties that the last bits choose other experts.
     load = MiniMaxM3SparseForCausalLM.from_pretrained
     merged = load(tmp_path / "base", dtype=torch.float32, adapter=tmp_path / "adapter").state_dict()
