@@ -85,21 +85,21 @@ def test_pitfall_26_of_equal_blocks_the_lower_ids_win(monkeypatch: pytest.Monkey
 
 
 def test_pitfall_17_nothing_is_read_that_no_query_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Later keys and fresh memory hold NaN: neither reaches a choice, nor does what the score table held before."""
+    """Later keys hold NaN, fresh memory the best scores of all: neither reaches a choice."""
     from minim3.kernels.triton import select
 
     empty = torch.empty
     monkeypatch.setattr(
         select.torch, "empty",
-        lambda *shape, **like: empty(*shape, **like).fill_(-1 if "int" in str(like["dtype"]) else float("nan")),
+        lambda *shape, **like: empty(*shape, **like).fill_(2 if "int" in str(like["dtype"]) else 1e30),
     )  # fmt: skip
     monkeypatch.setattr(select, "_CHUNK", 4)
     q, k = indexer([0, 30], [0, 120], 2, 16, ties=True)
-    k[100:] = float("nan")
-    run = {"block_size": 16, "topk_blocks": 3, "q_offset": [70], "implementation": "triton"}
+    k[64:] = float("nan")
+    run = {"block_size": 16, "topk_blocks": 3, "q_offset": [34], "implementation": "triton"}
     got = kernels.select_blocks(q, k, [0, 30], [0, 120], **run)
     want = kernels.select_blocks(
-        q, k[:100], [0, 30], [0, 100], block_size=16, topk_blocks=3, implementation="reference"
+        q, k[:64], [0, 30], [0, 64], block_size=16, topk_blocks=3, implementation="reference"
     )
     assert torch.equal(got, want)
 

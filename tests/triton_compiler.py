@@ -68,7 +68,7 @@ def compile_instead(capability: int) -> None:
     jit.JITFunction.run = run  # type: ignore[method-assign]
 
 
-def launch_all(dtype: torch.dtype) -> None:
+def launch_all(dtype: torch.dtype, eight_bits: bool) -> None:
     cu = [0, T]
     q, k, v = (torch.empty(T, heads, DIM, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS))
     index_q, index_k = torch.empty(T, KV_HEADS, DIM, dtype=dtype), torch.empty(T, DIM, dtype=dtype)
@@ -94,7 +94,7 @@ def launch_all(dtype: torch.dtype) -> None:
         leaves = [index_q.clone().requires_grad_(), index_k.clone().requires_grad_()]
         alignment.indexer_kl(q, k, *leaves, chosen, cu, cu, block_size=BLOCK).backward()
     pages, table = torch.empty(8, KV_HEADS, BLOCK, DIM, dtype=dtype), torch.arange(8).view(1, 8)
-    for count, cache in ((1, dtype), (T, dtype), *[(n, torch.float8_e4m3fn) for n in (1, T) if dtype != torch.float32]):
+    for count, cache in ((1, dtype), (T, dtype), *[(n, torch.float8_e4m3fn) for n in (1, T) if eight_bits]):
         held, step = pages.to(cache), layout.paged_layout(table, [1000], [0, count], BLOCK, count, None)
         select.select_blocks_paged(index_q[:count], held[:, 0].contiguous(), table, [1000], [0, count], **run)
         for chosen, size in ((ids[:count], BLOCK), (None, 64)):
@@ -117,4 +117,4 @@ def launch_all(dtype: torch.dtype) -> None:
 
 if __name__ == "__main__":
     compile_instead(int(sys.argv[1]))
-    launch_all(getattr(torch, sys.argv[2]))
+    launch_all(getattr(torch, sys.argv[2]), eight_bits=int(sys.argv[1]) >= 89 and sys.argv[2] != "float32")

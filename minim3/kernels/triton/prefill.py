@@ -212,6 +212,8 @@ class Tiles:
         """Whether tiles would walk along far more blocks than their tokens chose (one number is read back)."""
         if self.union is None or self.tokens == 1 or queries < MANY_QUERIES or layout.spans is None:
             return False
+        if self.union.counts.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
         walked = self.union.counts[..., 1].sum(dtype=torch.int64)
         chosen = self.union.counts[..., 2].sum(dtype=torch.int64)
         return bool(walked * self.tokens > FEW_SHARED * chosen)
