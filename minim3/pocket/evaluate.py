@@ -333,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--num-text", type=int, default=900, help="text tasks")
     parser.add_argument("--num-clips", type=int, default=0, help="questions about clips (not learnt yet)")
     parser.add_argument("--num-tools", type=int, default=0, help="conversations with tools (not learnt yet)")
-    parser.add_argument("--num-thinking", type=int, default=0, help="tasks under the modes of thinking (not learnt yet)")
+    parser.add_argument("--num-thinking", type=int, default=0, help="tasks with thinking modes (not learnt yet)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--device", default=None)
