@@ -101,8 +101,15 @@ def masked(q: Tensor, k: Tensor, v: Tensor, ids: Tensor, dtype: torch.dtype) -> 
     return out[0].transpose(0, 1)
 
 
-def test_sparse_attention_and_its_gradient() -> None:
-    """bf16 error within twice that of dense bf16 attention with the mask; the same bits on repetition."""
+@pytest.mark.parametrize("few_shared", [0.0, 1e9])
+def test_sparse_attention_and_its_gradient(few_shared: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16 error within twice that of dense bf16 attention with the mask; the same bits on repetition.
+
+    Both ways through the blocks: queries gathered block by block, and tiles along unions.
+    """
+    from minim3.kernels.triton import prefill
+
+    monkeypatch.setattr(prefill, "FEW_SHARED", few_shared)
     length = 3333
     cu = [0, length]
     inputs = randn(length, 16, DIM), randn(length, 2, DIM, seed=1), randn(length, 2, DIM, seed=2)
