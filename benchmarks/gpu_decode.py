@@ -9,6 +9,7 @@ from torch import Tensor
 
 from benchmarks.gpu_timing import (
     BLOCK,
+    DEVICE,
     DIM,
     HEADS,
     KV_HEADS,
@@ -42,9 +43,9 @@ def measure(batch: int, length: int, rate: float) -> list[Claim]:
     pages = length // BLOCK
     k, v = (randn(batch * pages, KV_HEADS, BLOCK, DIM, seed=seed) for seed in (1, 2))
     index = randn(batch * pages, BLOCK, DIM, seed=3)
-    table = torch.randperm(batch * pages, device="cuda").view(batch, pages)
-    lengths = torch.full((batch,), length, dtype=torch.int32, device="cuda")
-    cu = torch.arange(batch + 1, dtype=torch.int32, device="cuda")
+    table = torch.randperm(batch * pages, device=DEVICE).view(batch, pages)
+    lengths = torch.full((batch,), length, dtype=torch.int32, device=DEVICE)
+    cu = torch.arange(batch + 1, dtype=torch.int32, device=DEVICE)
     q, index_q = randn(batch, HEADS, DIM, seed=4), randn(batch, KV_HEADS, DIM, seed=5)
 
     # A step makes its tables once, for all layers: here they are made beforehand.

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.report import Claim, print_table
 
+DEVICE = "cuda"
 HEADS, KV_HEADS, DIM, BLOCK, TOPK = 64, 4, 128, 128, 16
 
 
@@ -55,7 +56,7 @@ def graph_milliseconds(run: Callable[[], object], calls: int = 20) -> float:
 
 def copy_rate() -> float:
     """Bytes/s read and written by a copy of 4 GiB."""
-    a = torch.empty(1 << 32, dtype=torch.uint8, device="cuda").random_(0, 255)
+    a = torch.empty(1 << 32, dtype=torch.uint8, device=DEVICE).random_(0, 255)
     b = torch.empty_like(a)
     return 2 * a.numel() / milliseconds(lambda: b.copy_(a)) * 1e3
 
@@ -67,8 +68,8 @@ def matrix_rate() -> float:
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    generator = torch.Generator("cuda").manual_seed(seed)
-    return torch.randn(*shape, generator=generator, device="cuda", dtype=dtype)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=DEVICE, dtype=dtype)
 
 
 def index_queries(length: int, selection: str, offset: int = 0) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every kernel once, on small inputs, against the reference: a first look at a new device, and food for memory checkers.
+"""Every kernel once, on small inputs, against the reference: a first look at a device, and food for memory checkers.
 
     python3 tests/gpu/small_cases.py
     compute-sanitizer --tool memcheck python3 tests/gpu/small_cases.py
