@@ -84,7 +84,7 @@ def _block_scores(
     rows = queries.flatten(0, 1)
     scores = queries.new_full((rows.shape[0], num_blocks), float("-inf"))
     step = max(1, _TILE_SCORES // (rows.shape[0] * block_size))
-    buffer = room("scores", min(step, num_blocks) * rows.shape[0] * block_size, queries)
+    buffer = room("index scores", min(step, num_blocks) * rows.shape[0] * block_size, queries)
     for block in range(0, num_blocks, step):
         key_start, key_stop = block * block_size, min((block + step) * block_size, scored_keys)
         if key_start >= key_stop:
