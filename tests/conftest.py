@@ -10,8 +10,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from minim3.processing.tokenizer import Tokenizer as MiniMaxTokenizer
 
-# Triton's own functions are made for its interpreter or for a GPU when it is imported, for good. torch imports it too (its
-# FLOP counter, say): whichever test file comes first, the tests of the kernels need it interpreted.
+# Triton's own functions are made for its interpreter or for a GPU when it is imported, for good. torch imports it too
+# (its FLOP counter, say): whichever test file comes first, the tests of the kernels need it interpreted.
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         importlib.import_module("triton.language")
