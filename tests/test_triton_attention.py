@@ -95,10 +95,10 @@ def test_queries_gathered_block_by_block(page_size: int | None, monkeypatch: pyt
 
     monkeypatch.setattr(prefill, "MANY_QUERIES", 1)
     monkeypatch.setattr(prefill, "FEW_SHARED", 0.0)
-    monkeypatch.setattr(lists, "SEGMENT", 16)
-    monkeypatch.setattr(by_key, "_PART_ELEMENTS", 30 * 8 * 3 * 16)
+    monkeypatch.setattr(by_key, "_PART_ELEMENTS", 40 * 8 * 3 * 16)
     empty = torch.empty
     monkeypatch.setattr(by_key.torch, "empty", lambda *shape, **like: empty(*shape, **like).fill_(-77))
+    monkeypatch.setattr(lists, "SEGMENT", 8)  # shorter than a block: some of its own tokens come in later segments
     lengths_q, lengths_k = [37, 9], [60, 9]
     cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
     q, k, v = tensors(cu_q, cu_k, 2, 4, 16)

@@ -127,9 +127,21 @@ def _function(
     if isinstance(plan, DevicePlan) and name == "portable":
         raise ValueError(f"a DevicePlan is for Triton kernels, but {op} on {device_type} runs {name}; pass a PagedPlan")
     function: Callable[..., Any] = getattr(_module(name), op)
+    if name == "triton" and device_type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        function = _on_device(function, tensor.device)
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)(function)
     return function
+
+
+def _on_device(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """Triton launches on the current device, whatever its arguments lie on."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.cuda.device(device):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _planned(implementation: str | None, plan: PagedPlan | DevicePlan | None) -> dict[str, PagedPlan | DevicePlan]:

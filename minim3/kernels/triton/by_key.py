@@ -111,7 +111,8 @@ def _block_kernel(
         count = tl.minimum(SEGMENT, (tl.load(counts + which) - first).to(tl.int32))
         list_start = tl.load(starts + which) + first
         # Queries come in order: only the first few can lie in the block themselves, the others see all of it.
-        near = tl.where(first == 0, tl.minimum(count, (BLOCK_SIZE + TOKENS - 1) // TOKENS * TOKENS), 0)
+        near = (tl.maximum(BLOCK_SIZE - first, 0) + TOKENS - 1) // TOKENS * TOKENS
+        near = tl.minimum(near, count)
         for step in tl.range(0, near, TOKENS):
             _step(
                 q, keys, values, key, order, parts, part_lse, list_start, step, count, first_query, lowest, kv_head,
