@@ -49,6 +49,37 @@ def test_norm_rope_store_takes_views_of_a_packed_projection() -> None:
     close(got, kernels.norm_rope_store(x, weight, turns(5, 8), implementation="reference", **run), 2e-3)
 
 
+@pytest.mark.parametrize("index_heads", [0, 2])
+def test_all_heads_of_a_layer_in_one_launch(index_heads: int) -> None:
+    """The same as head by head: q, k, index q, index key turned, v passed on, each key in its own pages."""
+    from minim3.kernels.triton import rotation
+
+    heads = 4, 2, index_heads
+    sizes = [4, 2, *([index_heads, 1] if index_heads else []), 2]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, sum(sizes), 24, generator=generator)
+    weight = torch.randn(sum(sizes) - 2, 24, generator=generator)
+    slots = torch.tensor([17, 3, 4, 30, 0])
+    shapes = [(4, 2, 8, 24), (4, 2, 8, 24), (4, 8, 24)]
+    pages, want_pages = ([torch.full(shape, float("nan")) for shape in shapes] for _ in range(2))
+    got = rotation.norm_rope_store_packed(
+        x, weight, turns(5, 8), eps=1e-6, heads=heads, slots=slots,
+        pages=(pages[0], pages[1], pages[2] if index_heads else None),
+    )  # fmt: skip
+    parts = x.split(sizes, 1)
+    turned = reference.norm_rope_store(torch.cat(parts[:-1], 1), weight, turns(5, 8), eps=1e-6)
+    close(got, torch.cat([turned, parts[-1]], 1))
+    for token, slot in enumerate(slots.tolist()):
+        page, place = divmod(slot, 8)
+        want_pages[0][page, :, place], want_pages[1][page, :, place] = turned[token, 4:6], parts[-1][token]
+        if index_heads:
+            want_pages[2][page, place] = turned[token, -1]
+    for a, b in zip(pages, want_pages):
+        close(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    with pytest.raises(ValueError, match="do not fit heads"):
+        rotation.norm_rope_store_packed(x[:, 1:], weight, turns(5, 8), eps=1e-6, heads=heads)
+
+
 def test_a_store_in_eight_bits_saturates() -> None:
     """e4m3 ends at 448 and has no infinity: a larger value must not be stored as NaN."""
     x = torch.tensor([500.0, -1e4, 3.0, 0.5] * 4).view(1, 1, 16)

@@ -111,6 +111,11 @@ def launch_all(dtype: torch.dtype, eight_bits: bool) -> None:
     rotation.norm_rope_store(
         q[:8, :KV_HEADS], torch.empty(DIM, dtype=dtype), torch.empty(8, 64), eps=1e-6, pages=pages, slots=slots
     )
+    packed = torch.empty(8, HEADS + 2 * KV_HEADS + 5, DIM, dtype=dtype)
+    rotation.norm_rope_store_packed(
+        packed, packed[0, KV_HEADS:], torch.empty(8, 64), eps=1e-6, heads=(HEADS, KV_HEADS, 4), slots=slots,
+        pages=(pages, pages, pages[:, 0].contiguous()),
+    )  # fmt: skip
     fused.add_norm(torch.empty(8, 6144, dtype=dtype), torch.empty(8, 6144, dtype=dtype), torch.empty(6144), eps=1e-6)
     fused.swiglu_oai(torch.empty(8, 6144, dtype=dtype), 1.7, 7.0)
 

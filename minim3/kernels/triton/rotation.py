@@ -94,6 +94,98 @@ def _run(
     return out
 
 
+@triton.jit
+def _project_store_kernel(
+    x, weight, freqs_cis, out, k_pages, v_pages, index_pages, slots, stride_x, stride_freqs, page_size, eps,
+    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, INDEX_HEADS: tl.constexpr, SOME: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, HALF: tl.constexpr, STORE: tl.constexpr, LIMIT: tl.constexpr,
+):  # fmt: skip
+    """SOME heads of one token; in this order those of q, k, index q, the index key (if INDEX_HEADS), and v."""
+    token = tl.program_id(0)
+    head = tl.program_id(1) * SOME + tl.arange(0, SOME)
+    index_keys = 1 if INDEX_HEADS else 0
+    first_index = Q_HEADS + KV_HEADS
+    normed = first_index + INDEX_HEADS + index_keys
+    channel = tl.arange(0, BLOCK_D)
+    first = channel < HALF
+    turns = channel < 2 * HALF
+    partner = tl.where(first, channel + HALF, tl.where(turns, channel - HALF, channel))
+    mask = (head < normed + KV_HEADS)[:, None] & (channel < D)[None, :]
+    source = x + row_offsets(token, stride_x) + (head * D)[:, None]
+    raw = tl.load(source + channel[None, :], mask=mask, other=0.0)
+    value = raw.to(tl.float32)
+    other = tl.load(source + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
+    weights = weight + (head * D)[:, None]
+    known = mask & (head < normed)[:, None]
+    value *= scale * (1.0 + tl.load(weights + channel[None, :], mask=known, other=0.0).to(tl.float32))
+    other *= scale * (1.0 + tl.load(weights + partner[None, :], mask=known, other=0.0).to(tl.float32))
+    angle = freqs_cis + row_offsets(token, stride_freqs) + tl.where(first, channel, channel - HALF)
+    cos = tl.load(angle, mask=turns, other=1.0).to(tl.float32)
+    sin = tl.load(angle + HALF, mask=turns, other=0.0).to(tl.float32)
+    turned = value * cos[None, :] + other * tl.where(first, -sin, sin)[None, :]
+    result = tl.where((head < normed)[:, None], turned.to(x.dtype.element_ty), raw)
+    target = (row_offsets(token, (normed + KV_HEADS) * D) + head * D)[:, None] + channel[None, :]
+    tl.store(out + target, result, mask=mask)
+    if STORE:
+        if LIMIT > 0:
+            result = tl.minimum(tl.maximum(result.to(tl.float32), -LIMIT), LIMIT)
+        kept = result.to(k_pages.dtype.element_ty)
+        slot = tl.load(slots + token).to(tl.int64)
+        page = slot // page_size
+        within = slot % page_size
+        is_k = (head >= Q_HEADS) & (head < first_index)
+        place = ((page * KV_HEADS + head - Q_HEADS) * page_size + within) * D
+        tl.store(k_pages + place[:, None] + channel[None, :], kept, mask=mask & is_k[:, None])
+        place = ((page * KV_HEADS + head - normed) * page_size + within) * D
+        tl.store(v_pages + place[:, None] + channel[None, :], kept, mask=mask & (head >= normed)[:, None])
+        if INDEX_HEADS:
+            is_index = head == first_index + INDEX_HEADS
+            place = (page * page_size + within) * D
+            tl.store(index_pages + place + channel[None, :] + head[:, None] * 0, kept, mask=mask & is_index[:, None])
+
+
+def norm_rope_store_packed(
+    x: Tensor, weight: Tensor, freqs_cis: Tensor, *, eps: float, heads: tuple[int, int, int],
+    pages: tuple[Tensor, Tensor, Tensor | None] | None = None, slots: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`norm_rope_store` of all heads of a layer in one launch; inference only.
+
+    x `[T, H, D]`: the heads of q, k, index q, the index key, and v, as one projection gives them; heads: how many of q,
+    of k (and v), and of index q (0: no indexer, no index key). weight `[H - Hkv, D]` and freqs_cis `[T, R]` serve all
+    but those of v, which pass. pages: those of k, v `[P, Hkv, page, D]` and index keys `[P, page, D]`, of one dtype, whole.
+    Returns `[T, H, D]`.
+    """
+    q_heads, kv_heads, index_heads = heads
+    tokens, count, dim = x.shape
+    normed = q_heads + kv_heads + (index_heads + 1 if index_heads else 0)
+    if count != normed + kv_heads or weight.shape != (normed, dim):
+        raise ValueError(
+            f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit heads={heads}: {normed + kv_heads} heads, "
+            f"{normed} of them normed, are needed"
+        )
+    if (pages is None) != (slots is None):
+        raise ValueError("pages and slots belong together; pass both, or neither to store nothing")
+    if pages is not None and (pages[2] is None) != (index_heads == 0):
+        raise ValueError(f"index keys need pages of their own, and only they: heads={heads}")
+    if pages is not None and not all(p.is_contiguous() and p.dtype == pages[0].dtype for p in pages if p is not None):
+        raise ValueError("pages of one dtype, allocated whole, are needed")
+    x, weight, freqs_cis = x.detach().contiguous(), weight.detach().contiguous(), rows_contiguous(freqs_cis.detach())
+    out = torch.empty_like(x)
+    if not out.numel():
+        return out
+    k_pages, v_pages, index_pages = (out, out, None) if pages is None else pages
+    some = min(power_of_two(count), _HEADS_AT_ONCE)
+    _project_store_kernel[tokens, -(-count // some)](
+        x, weight, freqs_cis, out, k_pages, v_pages, k_pages if index_pages is None else index_pages,
+        out if slots is None else slots, x.stride(0), freqs_cis.stride(0), k_pages.shape[-2], eps, Q_HEADS=q_heads,
+        KV_HEADS=kv_heads, INDEX_HEADS=index_heads, SOME=some, D=dim,
+        BLOCK_D=power_of_two(dim), HALF=freqs_cis.shape[-1] // 2, STORE=pages is not None,
+        LIMIT=448.0 if k_pages.dtype == torch.float8_e4m3fn else 0.0, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 class _NormRopeStore(torch.autograd.Function):
     @staticmethod
     def forward(
