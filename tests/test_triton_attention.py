@@ -121,8 +121,8 @@ def test_queries_gathered_block_by_block(page_size: int | None, monkeypatch: pyt
         assert torch.equal(a, b)
 
 
-def test_low_precision_stays_near_fp32() -> None:
-    """Pitfall 10: masks are boolean and sums fp32; the error is that of rounding shares and results.
+def test_pitfall_10_low_precision_stays_near_fp32() -> None:
+    """Masks are boolean and sums fp32; the error is that of rounding shares and results.
 
     (The interpreter multiplies no bf16; tests/gpu has it.)
     """

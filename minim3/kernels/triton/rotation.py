@@ -153,8 +153,8 @@ def norm_rope_store_packed(
 
     x `[T, H, D]`: the heads of q, k, index q, the index key, and v, as one projection gives them; heads: how many of q,
     of k (and v), and of index q (0: no indexer, no index key). weight `[H - Hkv, D]` and freqs_cis `[T, R]` serve all
-    but those of v, which pass. pages: those of k, v `[P, Hkv, page, D]` and index keys `[P, page, D]`, of one dtype, whole.
-    Returns `[T, H, D]`.
+    but those of v, which pass. pages: those of k, v `[P, Hkv, page, D]` and index keys `[P, page, D]`, of one dtype,
+    each allocated whole. Returns `[T, H, D]`.
     """
     q_heads, kv_heads, index_heads = heads
     tokens, count, dim = x.shape
