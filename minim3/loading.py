@@ -13,6 +13,11 @@ from minim3.processing.processor import MiniMaxM3VLProcessor
 POCKET = Path(__file__).parent / "pocket" / "weights"
 
 
+def model_path(path: str | Path | None) -> str | Path:
+    """`path`, or the folder of pocket's weights for None and (unless there is a file of that name) for "pocket"."""
+    return POCKET if path is None or (str(path) == "pocket" and not Path(path).exists()) else path
+
+
 def load(
     path: str | Path | None = None,
     dtype: torch.dtype | str | None = None,
@@ -22,7 +27,7 @@ def load(
     adapter: str | Path | None = None,
     require_tokenizer: bool = False,
 ) -> tuple[MiniMaxM3SparseForConditionalGeneration | MiniMaxM3SparseForCausalLM, MiniMaxM3VLProcessor]:
-    """Load a checkpoint (a folder or a hub id; None: pocket, the model that ships with minim3) and its processor.
+    """Load a checkpoint (a folder or a hub id; None or "pocket": the model that ships with minim3) and its processor.
 
     dtype: of the weights, or its name. None: what the config names on an accelerator; fp32 on a CPU, where bf16
     arithmetic is emulated and several times slower. device: None is the CPU. The model is in evaluation mode, of class
@@ -34,7 +39,7 @@ def load(
     Raises ValueError for a folder that is no whole checkpoint, with what is missing, and for an adapter that does not
     fit or belongs to other weights.
     """
-    folder = checkpoint.resolve_checkpoint(POCKET if path is None else path)
+    folder = checkpoint.resolve_checkpoint(model_path(path))
     device, dtype = torch.device(device or "cpu"), weight_dtype(dtype)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32

@@ -335,7 +335,6 @@ def test_raw_continues_the_prompt_itself(run: Run, tiny: Path) -> None:
 
 def test_pocket_is_the_model_when_none_is_named(run: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("minim3.loading.POCKET", tiny)
-    monkeypatch.setattr("minim3.cli.info.POCKET", tiny)
     assert run("generate", "hi", "--max-new-tokens", 2)[0] == 0
     assert json.loads(run("info", "--json")[1])["source"] == str(tiny)
     assert_refused(run("info", tiny, "--model", tiny), "pass one")
@@ -729,3 +728,11 @@ def test_train_exports_a_run_in_the_format_asked_for(
 
     (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
     assert_refused(run("train", recipe, "--no-resume"), "already holds checkpoints")
+
+
+def test_pocket_is_a_name_of_a_model_everywhere(run: Run, tmp_path: Path) -> None:
+    """The help says "default: pocket": whoever types the name must not be told that there is no such folder."""
+    code, out, _ = run("info", "pocket")
+    assert code == 0
+    assert out == run("info")[1]
+    assert run("convert", "pocket", tmp_path / "copy")[0] == 0

@@ -212,5 +212,5 @@ def test_without_the_harness_the_way_to_it_is_named(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "minim3.integrations.lm_eval")
-    with pytest.raises(ValueError, match=r"pip install 'minim3\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install lm-eval"):
         importlib.import_module("minim3.integrations.lm_eval")

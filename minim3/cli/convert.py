@@ -14,6 +14,7 @@ from minim3.checkpoint import (
 )
 from minim3.cli.errors import say
 from minim3.config import MiniMaxM3VLTextConfig
+from minim3.loading import model_path
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration, with_mtp_modules
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -34,7 +35,7 @@ def run_convert(
 
     adapter: a folder or hub id, merged into the weights.
     """
-    folder = resolve_checkpoint(source)
+    folder = resolve_checkpoint(model_path(source))
     config = with_mtp_modules(read_config(folder), num_mtp_modules_in(folder))
     text_only = isinstance(config, MiniMaxM3VLTextConfig)
     with torch.device("meta"):  # for names and shapes alone

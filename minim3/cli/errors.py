@@ -45,8 +45,7 @@ def describe(error: Exception) -> tuple[int, str]:
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return BAD_INPUT, f"out of memory: {_one_line(str(error)) or 'the system has no more'}"
     if isinstance(error, ModuleNotFoundError) and error.name in ("av", "yaml"):
-        extra = {"av": "video", "yaml": "train"}[error.name]
-        return BAD_INPUT, f"{error.name} is not installed: pip install 'minim3[{extra}]'"
+        return BAD_INPUT, f"{error.name} is not installed: pip install {'av' if error.name == 'av' else 'pyyaml'}"
     # The project raises ValueError for what a user can put right, and only for that.
     if isinstance(error, ValueError):
         return BAD_INPUT, _one_line(str(error))

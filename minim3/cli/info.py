@@ -8,7 +8,7 @@ from typing import Any
 
 from minim3.checkpoint.hub import read_config
 from minim3.config import MiniMaxM3VLConfig, MiniMaxM3VLTextConfig, config_from_dict
-from minim3.loading import POCKET
+from minim3.loading import model_path
 from minim3.model.counts import FORMATS, cache_bytes_per_token, count_parameters, describe_layers
 
 DEFAULT_CONTEXT = 32768
@@ -77,7 +77,7 @@ def print_info(info: dict[str, Any]) -> None:
 
 
 def run_info(source: str | None, context: int | None, device: str, dtype: str, as_json: bool) -> None:
-    info = collect_info(source or str(POCKET), context, device, dtype)
+    info = collect_info(str(model_path(source)), context, device, dtype)
     if as_json:
         print(json.dumps(info, indent=2))
     else:

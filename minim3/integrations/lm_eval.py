@@ -7,7 +7,7 @@ or the harness's own command line with that name registered:
 
     python -m minim3.integrations.lm_eval run --model minim3 --model_args pretrained=PATH --tasks arc_easy
 
-Needs `pip install 'minim3[eval]'`.
+Needs `pip install lm-eval`.
 """
 
 import logging
@@ -29,7 +29,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name is None or error.name.partition(".")[0] != "lm_eval":
         raise
-    raise ValueError("lm-eval is not installed: pip install 'minim3[eval]'") from error
+    raise ValueError("lm-eval is not installed: pip install lm-eval") from error
 
 from minim3.evaluation.scoring import BATCH_SIZE, Pair, loglikelihoods
 from minim3.inference.engine import Engine

@@ -43,7 +43,7 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     if dtype not in _DTYPES:
         return f"Triton kernels take {', '.join(str(d).removeprefix('torch.') for d in _DTYPES)}"
     if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install 'minim3[gpu]')"
+        return "Triton is not installed (pip install triton)"
     if device_type == "cpu":
         return None if interpreting() else "on the CPU they run only interpreted, with TRITON_INTERPRET=1"
     if device_type != "cuda":

@@ -78,7 +78,7 @@ def _import_av() -> ModuleType:
         import av
         import av.error
     except ImportError as error:
-        raise ValueError("reading video files needs PyAV: pip install 'minim3[video]'") from error
+        raise ValueError("reading video files needs PyAV: pip install av") from error
     return av
 
 

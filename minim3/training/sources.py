@@ -195,7 +195,7 @@ def _import_parquet() -> Any:
     try:
         import pyarrow.parquet
     except ImportError as error:
-        raise ValueError("reading Parquet files needs pyarrow: pip install 'minim3[train]'") from error
+        raise ValueError("reading Parquet files needs pyarrow: pip install pyarrow") from error
     return pyarrow.parquet
 
 
@@ -204,7 +204,7 @@ def load_dataset(source: SourceRecipe) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("hub datasets need the library datasets: pip install 'minim3[train]'") from error
+        raise ValueError("hub datasets need the library datasets: pip install datasets") from error
     assert source.dataset is not None
     folder = Path(source.dataset).expanduser()
     try:

@@ -92,6 +92,8 @@ def train(recipe: TrainingConfig, *, resume: bool = True) -> TrainingResult:
     ):
         parameters = sum(parameter.numel() for parameter in model.parameters())
         log.say(f"{parameters:,} parameters on {device} ({peak / 1e9:,.0f} GFLOP/s), step {first} of {recipe.steps}")
+        if first == recipe.steps:
+            log.say("nothing is left to do: more `steps` go on, another `output` starts anew")
         for step in range(first, recipe.steps):
             log.start_step()
             batches = [next(stream).to(device) for _ in range(recipe.batches_per_step)]
