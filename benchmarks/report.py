@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,16 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-
-def machine() -> str:
-    """Cores, processor, memory and torch version of this machine, in words."""
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
-        if line.startswith("model name"):
-            cpu = line.split(":", 1)[1].strip()
-            break
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    return f"{os.cpu_count()} cores of {cpu}, {memory:.0f} GiB, torch {torch.__version__.split('+')[0]}"
+from minim3.evaluation.report import machine
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from minim3 import kernels
 from minim3.kernels.portable import threads
 
 LENGTH, BLOCK, TOPK = 400, 16, 4
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -54,9 +55,9 @@ def test_pieces_run_side_by_side_with_one_thread_each(two_threads: None) -> None
         meet.wait()  # would time out if one ran after the other
         seen.append((torch.get_num_threads(), torch.is_grad_enabled(), torch.is_inference_mode_enabled()))
 
-    threads.run_all([piece, piece])
+    threads.run_all([piece, piece], CPU)
     with torch.inference_mode():
-        threads.run_all([piece, piece])
+        threads.run_all([piece, piece], CPU)
     assert seen == [(1, False, False)] * 2 + [(1, False, True)] * 2
     assert torch.get_num_threads() == 2
     fresh: list[int] = []
@@ -71,25 +72,25 @@ def test_an_error_in_a_piece_comes_out(two_threads: None) -> None:
         raise ValueError("of a piece")
 
     with pytest.raises(ValueError, match="of a piece"):
-        threads.run_all([lambda: None, fail, lambda: None])
+        threads.run_all([lambda: None, fail, lambda: None], CPU)
 
 
 def test_counters_of_operators_see_every_piece(two_threads: None) -> None:
     """Dispatch modes hold for one thread: work on another would be missing from a FLOP count."""
     x = torch.ones(8, 8)
     with FlopCounterMode(display=False) as counter:
-        threads.run_all([lambda: torch.mm(x, x)] * 4)
+        threads.run_all([lambda: torch.mm(x, x)] * 4, CPU)
     assert counter.get_total_flops() == 4 * 2 * 8**3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_does_not_wait_for_its_parents_threads(two_threads: None) -> None:
-    threads.run_all([lambda: None, lambda: None])
+    threads.run_all([lambda: None, lambda: None], CPU)
     child = os.fork()
     if child == 0:
         done: list[int] = []
-        threads.run_all([lambda: done.append(1), lambda: done.append(2)])
+        threads.run_all([lambda: done.append(1), lambda: done.append(2)], CPU)
         os._exit(0 if len(done) == 2 else 1)
     timer = threading.Timer(30, os.kill, (child, 9))
     timer.start()
@@ -130,4 +131,11 @@ def poison_all_rooms() -> None:
         for buffer in threads._kept.__dict__.get("buffers", {}).values():
             buffer.fill_(float("nan"))
 
-    threads.run_all([poison, poison])
+    threads.run_all([poison, poison], CPU)
+
+
+def test_other_devices_keep_to_the_thread_that_asked(two_threads: None) -> None:
+    """A new thread has another current stream: its kernels would not wait for the inputs."""
+    seen: list[threading.Thread] = []
+    threads.run_all([lambda: seen.append(threading.current_thread())] * 4, torch.device("meta"))
+    assert set(seen) == {threading.current_thread()}

@@ -172,7 +172,7 @@ def _long_piece(
             choices = [products.everything(tile)] * k.shape[1]
         else:
             choices = products.choices(ids[at], tile, work.block_size)
-        run_all(partial(head, h, at, choice) for h, choice in enumerate(choices))
+        run_all((partial(head, h, at, choice) for h, choice in enumerate(choices)), q.device)
     grad_k[seen] += grad_keys.sum(0)
     return losses.sum()
 

@@ -203,7 +203,7 @@ def _sparse_forward(
             # A reference that is not among the scores could be far above all of them.
             as_products = within_reach[h] and choice.without_own is None
             pieces.append(partial(head, h, rows, choice, reference if as_products else None))
-    run_all(pieces)
+    run_all(pieces, q.device)
 
 
 def _sparse_backward(
@@ -226,6 +226,6 @@ def _sparse_backward(
         rows = slice(tile.q_start, tile.q_stop)
         delta = (grad_out[rows] * out[rows]).sum(-1)
         choices = products.choices(ids[rows], tile, work.block_size)
-        run_all(partial(head, h, rows, choice, delta) for h, choice in enumerate(choices))
+        run_all((partial(head, h, rows, choice, delta) for h, choice in enumerate(choices)), q.device)
     grad_k[seen] += grad_keys.transpose(0, 1)
     grad_v[seen] += grad_values.transpose(0, 1)

@@ -59,7 +59,7 @@ def select_blocks(
             count = min(step, span.num_queries - start)
             tile = Span(span.q_start + start, count, span.k_start, span.num_keys, span.offset + start)
             pieces.append(partial(choose, index_q[tile.q_start : tile.q_stop], keys, tile))
-    run_all(pieces)
+    run_all(pieces, index_q.device)
     return out
 
 

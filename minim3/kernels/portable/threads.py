@@ -2,7 +2,7 @@
 
 A product of some thousand rows by 64 by 128 splits badly over threads: what each gets is small, and they wait for each
 other after every operator. Whole pieces (a KV head of a tile) on threads of their own do not wait, and while one
-gathers rows another multiplies. Results do not depend on the number of threads: pieces write to different places.
+gathers rows another multiplies. Pieces write to different places, so that threads change the order of no sum.
 """
 
 import os
@@ -16,15 +16,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
-def run_all(pieces: Iterable[Callable[[], None]]) -> None:
+def run_all(pieces: Iterable[Callable[[], None]], device: torch.device) -> None:
     """Call every piece, as many of them at once as this thread has threads for operators.
 
-    Fewer pieces than threads are called one after the other, each with all threads. Pieces must not depend on each
-    other. The first exception is raised, after all pieces have ended.
+    Fewer pieces than threads are called one after the other, each with all threads, and so is work on another device
+    than the CPU, whose current stream holds for one thread. Pieces must not depend on each other. The first exception is
+    raised, after all pieces have ended.
     """
     pieces, threads = list(pieces), torch.get_num_threads()
     watched = _get_current_dispatch_mode() is not None  # a FLOP counter, say: it sees the operators of its own thread
-    if threads == 1 or len(pieces) < threads or watched:
+    if device.type != "cpu" or threads == 1 or len(pieces) < threads or watched:
         for piece in pieces:
             piece()
         return
@@ -45,11 +46,13 @@ def room(name: str, size: int, like: Tensor) -> Tensor:
 
     Pieces need tens of megabytes one after the other; made anew each time, all of it would be paged in again.
     """
-    key = name, like.dtype, like.device
+    if like.device.type != "cpu":  # there the allocator reuses memory, in the order of each stream
+        return torch.empty(size, dtype=like.dtype, device=like.device)
+    key = name, like.dtype
     kept = _kept.__dict__.setdefault("buffers", {})
     if key not in kept or kept[key].numel() < size:
         with torch.inference_mode(False):  # an inference tensor could not be written to outside of that mode
-            kept[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+            kept[key] = torch.empty(size, dtype=like.dtype)
     return kept[key][:size]
 
 
