@@ -20,8 +20,8 @@ def run_all(pieces: Iterable[Callable[[], None]], device: torch.device) -> None:
     """Call every piece, as many of them at once as this thread has threads for operators.
 
     Fewer pieces than threads are called one after the other, each with all threads, and so is work on another device
-    than the CPU, whose current stream holds for one thread. Pieces must not depend on each other. The first exception is
-    raised, after all pieces have ended.
+    than the CPU, whose current stream holds for one thread. Pieces must not depend on each other. The first exception
+    is raised after all pieces have ended.
     """
     pieces, threads = list(pieces), torch.get_num_threads()
     watched = _get_current_dispatch_mode() is not None  # a FLOP counter, say: it sees the operators of its own thread
