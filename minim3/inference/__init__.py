@@ -9,6 +9,7 @@ _HOME = {
     "Detokenizer": "engine",
     "Engine": "engine",
     "GenerateOutput": "generate",
+    "Guide": "guide",
     "Media": "request",
     "PagedCache": "cache",
     "Request": "request",
