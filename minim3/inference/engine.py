@@ -6,13 +6,14 @@ the model has run, so that a step cut short by an exception or by Ctrl-C did not
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from minim3.inference.cache import PagedCache
+from minim3.inference.guide import Guide
 from minim3.inference.request import FinishReason, Media, Request, SamplingParams, TokenLogprobs
 from minim3.inference.runner import Runner
 from minim3.inference.sampling import Sampler
@@ -106,6 +107,8 @@ class Engine:
         media: Media | Mapping[str, Tensor] | None = None,
         detokenizer: Detokenizer | None = None,
         request_id: str | None = None,
+        guide: Guide | None = None,
+        priority: int = 0,
     ) -> Request:
         """Queue a prompt. The returned request is filled in as steps run.
 
@@ -114,6 +117,8 @@ class Engine:
             media: the pictures and clips of the prompt, as a processor returns them (other keys are not looked at).
             detokenizer: a fresh one, for `request.text`, the `text` of events, and stop strings.
             request_id: a name of your own; one is made up otherwise.
+            guide: keeps the answer inside a grammar; one that no other request uses.
+            priority: requests of a higher one go first, and take pages from those of a lower one.
 
         Raises:
             ValueError: an empty prompt, one longer than the model, an id outside the vocabulary, media that do not
@@ -129,12 +134,7 @@ class Engine:
         token_ids = [int(token_id) for token_id in prompt_ids]
         self._check_prompt(token_ids)
         if media is not None and not isinstance(media, Media):
-            media = Media(
-                pixel_values=media.get("pixel_values"),
-                image_grid_thw=media.get("image_grid_thw"),
-                pixel_values_videos=media.get("pixel_values_videos"),
-                video_grid_thw=media.get("video_grid_thw"),
-            )
+            media = Media.of(media)
         # A token is fed at its own position; the last one generated is never fed, and may lie one past the end.
         room = self.model.text_config.max_position_embeddings + 1 - len(token_ids)
         request = Request(
@@ -145,12 +145,56 @@ class Engine:
             params=params,
             media=media,
             placeholders=find_placeholders(self.model, token_ids, media),
+            guide=guide,
+            priority=priority,
         )
         self.scheduler.add(request)
         self.requests[request_id] = request
         if detokenizer is not None:
             self._texts[request] = detokenizer, StopStrings(params.stop)
         return request
+
+    def add_requests(
+        self,
+        prompt_ids: Sequence[int],
+        params: SamplingParams | None = None,
+        *,
+        n: int,
+        media: Media | Mapping[str, Tensor] | None = None,
+        detokenizers: Sequence[Detokenizer] | None = None,
+        request_ids: Sequence[str] | None = None,
+        guides: Sequence[Guide] | None = None,
+        priority: int = 0,
+    ) -> list[Request]:
+        """Queue `n` answers to one prompt, which share its pages; answer i draws from the stream `seed + i`.
+
+        Detokenizers, names and guides are one an answer. Raises ValueError as `add_request` does, and for a list of
+        another length; then nothing is queued.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be an integer of at least 1, got {n!r}")
+        for name, given in (("detokenizers", detokenizers), ("request_ids", request_ids), ("guides", guides)):
+            if given is not None and len(given) != n:
+                raise ValueError(f"{name} must be {n}, one an answer, got {len(given)}")
+        params = SamplingParams() if params is None else params
+        if media is not None and not isinstance(media, Media):
+            media = Media.of(media)
+        requests: list[Request] = []
+        try:
+            for i in range(n):
+                own = params if params.seed is None else replace(params, seed=(params.seed + i) % 2**64)
+                request = self.add_request(
+                    prompt_ids, own, media=media, priority=priority,
+                    detokenizer=None if detokenizers is None else detokenizers[i],
+                    request_id=None if request_ids is None else request_ids[i],
+                    guide=None if guides is None else guides[i],
+                )  # fmt: skip
+                requests.append(request)
+        except ValueError:
+            for request in requests:
+                self.abort(request.request_id)
+            raise
+        return requests
 
     def step(self) -> list[TokenEvent]:
         """Compute one step; returns the tokens generated, one a request, none for a chunk that ends inside a prompt."""

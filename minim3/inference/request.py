@@ -11,14 +11,19 @@ decodes has exactly one token not yet computed: the one sampled last.
 
 import math
 from bisect import bisect_left
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
 
+    from minim3.inference.guide import Guide
+
 FinishReason = Literal["stop", "length", "abort"]
 MAX_LOGPROBS = 1024
+MAX_PENALTY = 2.0
+MAX_LOGIT_BIAS = 100.0
 
 
 def _check_number(name: str, value: object, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
@@ -42,44 +47,60 @@ def _check_integer(name: str, value: object, *, low: int, high: int | None = Non
 class SamplingParams:
     """How the tokens of one request are chosen and when it ends.
 
-    The processors and their order are those of transformers: repetition penalty (also for greedy choice), then,
-    when sampling, temperature, top-k, top-p, min-p.
+    The order: a guide's mask, logit bias, repetition, presence and frequency penalty, the mask of `min_new_tokens`
+    (all of these for greedy choice too), then, when sampling, temperature, top-k, top-p, min-p. Definitions and order
+    of what transformers has are its.
 
     Args:
         max_new_tokens: most tokens to generate, at least 1. Running into the model's last position ends a request too.
+        min_new_tokens: no id of ``eos_token_ids`` is chosen, and no stop string looked for, among so many first tokens.
         do_sample: draw from the distribution; False takes the most likely token (the lowest id on a tie).
         temperature: divides the logits; 0 is greedy whatever ``do_sample`` says.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens whose probability reaches p, in (0, 1]; 1 keeps all.
         min_p: drop tokens less likely than ``min_p`` times the most likely one, in [0, 1]; 0 keeps all.
         repetition_penalty: above 1 makes tokens of the prompt and of the answer less likely; 1 is off.
+        presence_penalty: taken from the logit of every token that the answer holds, in [-2, 2].
+        frequency_penalty: taken once for every time that the answer holds the token, in [-2, 2].
+        logit_bias: token id -> added to its logit, in [-100, 100].
         seed: seed of this request's own random stream; None draws one from torch's global generator.
         stop: strings that end the request once they stand in its text (needs a detokenizer).
+        include_stop_str_in_output: leave the stop string in the text.
         eos_token_ids: ids that end the request; the id itself is the last token of the output.
         ignore_eos: go on after an id of ``eos_token_ids``.
         logprobs: None for none; n >= 0 for the log-probability of every chosen token and of the n most likely ones,
-            from the model's own logits (before penalty, temperature and filters).
+            from the model's own logits (before guide, bias, penalties, temperature and filters).
 
     Raises:
         ValueError: a value outside its range, named.
     """
 
     max_new_tokens: int = 256
+    min_new_tokens: int = 0
     do_sample: bool = False
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    include_stop_str_in_output: bool = False
     eos_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
 
     def __post_init__(self) -> None:
         _check_integer("max_new_tokens", self.max_new_tokens, low=1)
-        for name in ("do_sample", "ignore_eos"):
+        _check_integer("min_new_tokens", self.min_new_tokens, low=0)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens ({self.min_new_tokens}) must be at most max_new_tokens ({self.max_new_tokens})"
+            )
+        for name in ("do_sample", "ignore_eos", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
         _check_number("temperature", self.temperature, low=0.0)
@@ -87,6 +108,13 @@ class SamplingParams:
         _check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True)
         _check_number("min_p", self.min_p, low=0.0, high=1.0)
         _check_number("repetition_penalty", self.repetition_penalty, low=0.0, open_low=True)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), low=-MAX_PENALTY, high=MAX_PENALTY)
+        if not isinstance(self.logit_bias, Mapping):
+            raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
+        for token_id, bias in self.logit_bias.items():
+            _check_integer("every id of logit_bias", token_id, low=0)
+            _check_number(f"logit_bias of token {token_id}", bias, low=-MAX_LOGIT_BIAS, high=MAX_LOGIT_BIAS)
         if self.seed is not None:
             _check_integer("seed", self.seed, low=0, high=2**64 - 1)
         if self.logprobs is not None:
@@ -106,7 +134,18 @@ class SamplingParams:
     @property
     def plain_greedy(self) -> bool:
         """True where the token is the argmax of the logits as the model gives them, and nothing else is asked."""
-        return self.greedy and self.repetition_penalty == 1.0 and self.logprobs is None
+        return self.greedy and not self.changes_logits and self.logprobs is None
+
+    @property
+    def changes_logits(self) -> bool:
+        """True where something other than temperature and filters comes between the logits and the choice."""
+        return bool(
+            self.repetition_penalty != 1.0
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.logit_bias
+            or self.min_new_tokens
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +179,12 @@ class Media:
                 present, absent = (pixels, grid) if getattr(self, grid) is None else (grid, pixels)
                 raise ValueError(f"{present} was given without {absent}: pass both, as the processor returns them")
 
+    @classmethod
+    def of(cls, inputs: "Mapping[str, torch.Tensor]") -> "Media":
+        """From what a processor returns; other keys are not looked at."""
+        names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+        return cls(**{name: inputs.get(name) for name in names})
+
     @property
     def empty(self) -> bool:
         return all(getattr(self, f.name) is None for f in fields(self))
@@ -165,6 +210,8 @@ class Request:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     text: str = ""
+    guide: "Guide | None" = None
+    priority: int = 0
 
     @property
     def num_tokens(self) -> int:
