@@ -25,18 +25,11 @@ from minim3.kernels.portable.step import Indexer, StepAttention
 from minim3.model.attention import MiniMaxM3Attention, PackedProjection
 from minim3.model.batch import ForwardBatch, LayerPages
 from minim3.model.decoder import Block, MiniMaxM3TextModel
-from minim3.model.decoding_parts import (
-    DecodingMLP,
-    DecodingMoE,
-    DecodingNorm,
-    InverseRoot,
-    Product,
-    Rows,
-    Space,
-    is_plain,
-)
+from minim3.model.decoding_parts import DecodingMLP, DecodingMoE, DecodingNorm, InverseRoot
+from minim3.model.decoding_products import Product, Rows, Space, is_plain
 from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, RotaryFactors, rotary_frequencies
 from minim3.model.moe import MiniMaxM3MoE
+from minim3.model.quantized import QuantizedLinear
 
 MOST_TOKENS = 256
 """Beyond, a step is long and the modules run it."""
@@ -259,6 +252,9 @@ class _Watch:
             for held in (module._modules, module._parameters, module._buffers):
                 self._holders += [held] * len(held)
                 self._names += held
+            if isinstance(module, QuantizedLinear):  # which holds its weights outside of parameters
+                self._holders.append(module.__dict__)
+                self._names.append("matrix")
         self._known = [held[name] for held, name in zip(self._holders, self._names)]
         self._tensors = [known for known in self._known if isinstance(known, Tensor)]
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]

@@ -1,88 +1,23 @@
-"""Parts of a step of few new tokens (`decoding`): buffers, products, norms, the gated MLP and the experts.
+"""Parts of a step of few new tokens (`decoding`): norms, the gated MLP and the experts.
 
 T new tokens, H hidden size, F the width of an expert.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import exp
 from operator import add
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from minim3.kernels.portable.experts import FEW_ROWS, add_experts
-from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, PackedLinears
+from minim3.model.decoding_products import Product, Rows, Space, is_plain
+from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm
 from minim3.model.moe import MiniMaxM3Experts, MiniMaxM3MoE
-
-
-class Rows:
-    """A buffer `[T, n]`, and its first row: the only one if `single`."""
-
-    def __init__(self, rows: Tensor) -> None:
-        self.all = rows
-        self.row = rows[0]
-        self.single = rows.shape[0] == 1
-
-
-class Space:
-    """The buffers of a number of tokens. `of` hands out the same one for the same name and width."""
-
-    def __init__(self, tokens: int) -> None:
-        self.tokens = tokens
-        self._made: dict[Any, Any] = {}
-
-    def of(self, name: str, width: int) -> Rows:
-        return self.once((name, width), lambda: Rows(torch.zeros(self.tokens, width)))
-
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        made = self._made.get(key)
-        if made is None:
-            with torch.inference_mode(False):  # what is made serves in and outside of inference mode
-                made = self._made[key] = make()
-        return made
-
-
-class Product:
-    """`x @ weight.T` for a plain fp32 weight, or what a module in its place computes."""
-
-    def __init__(self, weight: Tensor | None, module: Callable[[Any], Any]) -> None:
-        self.plain = weight is not None
-        self.weight = torch.empty(0, 0) if weight is None else weight
-        self.turned = self.weight.t()
-        self._module = module
-
-    @classmethod
-    def of(cls, module: nn.Module) -> "Product":
-        plain = isinstance(module, nn.Linear) and type(module) is nn.Linear and module.bias is None
-        weight = module.get_parameter("weight").detach() if plain else None
-        return cls(weight if is_plain(weight) else None, module)
-
-    @classmethod
-    def of_packed(cls, packed: Any) -> "Product":
-        plain = type(packed) is PackedLinears and is_plain(packed.weight)
-        return cls(packed.weight if plain else None, packed)
-
-    def into(self, x: Rows, out: Rows) -> None:
-        if not self.plain:
-            out.all.copy_(self._module(x.all))
-        elif x.single:
-            torch.mv(self.weight, x.row, out=out.row)
-        else:
-            torch.mm(x.all, self.turned, out=out.all)
-
-    def add_to(self, x: Rows, out: Rows) -> None:
-        if not self.plain:
-            out.all.add_(self._module(x.all))
-        elif x.single:
-            torch.addmv(out.row, self.weight, x.row, out=out.row)
-        else:
-            torch.addmm(out.all, x.all, self.turned, out=out.all)
-
-
-def is_plain(weight: Any) -> bool:
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype == torch.float32 and weight.device.type == "cpu"
+from minim3.model.quantized import QuantizedExperts
+from minim3.model.weight_formats import BareProduct
 
 
 class InverseRoot:
@@ -130,6 +65,7 @@ class Activation:
         self.gate_up, self.out = torch.zeros(rows, 2 * width), torch.zeros(rows, width)
         self.gate_up_row, self.out_row = self.gate_up[0], self.out[0]
         self.gate, self.up = self.gate_up.chunk(2, dim=-1)
+        self._short: Tensor | None = None
         self.high = self.low = None
         if owner.limit:
             self.high = torch.full((2 * width,), owner.limit)
@@ -145,6 +81,13 @@ class Activation:
         else:
             self.out.mul_(self.up.add_(self.beta))
 
+    def short(self, factors: Tensor | float) -> Tensor:
+        """The result times `factors` in bf16, which products of quantized weights take."""
+        if self._short is None:
+            with torch.inference_mode(False):
+                self._short = torch.zeros_like(self.out, dtype=torch.bfloat16)
+        return self._short.copy_(torch.mul(self.out, factors, out=self.out))
+
 
 class DecodingMLP:
     """A gated MLP, added to `x`: that of a dense layer, or a shared expert."""
@@ -153,19 +96,23 @@ class DecodingMLP:
         self.mlp = mlp
         self.gate_up = Product.of_packed(mlp._packed)
         self.down = Product.of(mlp.down_proj)
-        self.width = self.down.weight.shape[1]  # 0 where it is not plain
-
-    @property
-    def plain(self) -> bool:
-        return self.gate_up.plain and self.down.plain
+        self.plain = self.gate_up.plain and self.down.plain
+        self.short = self.gate_up.short is not None and self.down.short is not None
+        self.width = mlp.down_proj.in_features if self.plain or self.short else 0
 
     def add_to(self, normed: Rows, x: Rows, space: Space) -> None:
-        if not self.plain:
+        if not (self.plain or (self.short and x.single)):
             x.all.add_(self.mlp(normed.all))
             return
-        act = space.once(("mlp", self.width), lambda: Activation(self.mlp, space.tokens, self.width))
+        act: Activation = space.once(("mlp", self.width), lambda: Activation(self.mlp, space.tokens, self.width))
         slope = 1.0 / self.mlp.alpha
-        if x.single:
+        if not self.plain:
+            assert self.gate_up.short is not None
+            assert self.down.short is not None
+            act.gate_up.copy_(self.gate_up.short(normed.short()))
+            act()
+            x.all.add_(self.down.short(act.short(slope)))
+        elif x.single:
             torch.mv(self.gate_up.weight, normed.row, out=act.gate_up_row)
             act()
             torch.addmv(x.row, self.down.weight, act.out_row, alpha=slope, out=x.row)
@@ -190,48 +137,80 @@ class DecodingMoE:
             type(experts) is MiniMaxM3Experts and experts.backend in (None, "portable")
             and is_plain(experts.w13) and is_plain(experts.w2)
         )  # fmt: skip
+        self.short: tuple[list[BareProduct], list[BareProduct]] | None = None
         if self.plain:
             self.w13, self.w2 = experts.w13.detach().unbind(), experts.w2.detach().unbind()
             self.turned_w13 = experts.w13.detach().transpose(1, 2).unbind()
             self.turned_w2 = experts.w2.detach().transpose(1, 2).unbind()
             self.width = experts.w2.shape[2]
-        self.joined = self.plain and self.shared is not None and self.shared.plain and self.shared.width == self.width
+        elif type(experts) is QuantizedExperts:
+            bare = [[stack[n].bare() for n in range(stack.shape[0])] for stack in (experts.w13, experts.w2)]
+            w13, w2 = ([product for product in products if product is not None] for products in bare)
+            if len(w13) == len(w2) == experts.w2.shape[0]:
+                self.short, self.width = (w13, w2), experts.w2.shape[2]
+        shared = self.shared
+        alike = shared is not None and shared.width == getattr(self, "width", None)
+        self.joined = alike and shared is not None and (shared.plain if self.plain else shared.short)
 
     def add_to(self, normed: Rows, x: Rows, space: Space) -> None:
         logits = space.of("router", self.gate.shape[0])
-        if not self.plain or not normed.single:
-            torch.mm(normed.all, self.turned, out=logits.all)
-            expert_ids, weights = self.moe.route(logits.all)
-            if self.plain and expert_ids.numel() <= FEW_ROWS:
-                experts = self.moe.experts
-                activation = experts.alpha, experts.limit, experts.beta
-                add_experts(x.all, normed.all, self.turned_w13, self.turned_w2, expert_ids, weights, activation)
+        if normed.single and (self.plain or self.short is not None):
+            chosen = self._route_one(normed.row, logits)
+            rows = space.once(("experts", self.width, len(chosen), self.joined), self._expert_rows)
+            if self.plain:
+                self._add_plain(chosen, rows, normed.row, x.row)
             else:
-                x.all.add_(self.moe.experts(normed.all, expert_ids, weights))
-            if self.shared is not None:
+                self._add_short(chosen, rows, normed.short(), x.all)
+            if self.shared is not None and not self.joined:
                 self.shared.add_to(normed, x, space)
             return
-        chosen = self._route_one(normed.row, logits)
-        act, gate_up, outputs = space.once(("experts", self.width, len(chosen), self.joined), self._expert_rows)
-        for (expert, _), row in zip(chosen, gate_up):
-            torch.mv(self.w13[expert], normed.row, out=row)
-        if self.joined:
-            assert self.shared is not None
-            torch.mv(self.shared.gate_up.weight, normed.row, out=gate_up[-1])
-        act()
-        total = x.row
-        for (expert, weight), row in zip(chosen, outputs):
-            torch.addmv(total, self.w2[expert], row, alpha=weight, out=total)
-        if self.joined:
-            assert self.shared is not None
-            torch.addmv(total, self.shared.down.weight, outputs[-1], alpha=1.0 / act.alpha, out=total)
-        elif self.shared is not None:
+        torch.mm(normed.all, self.turned, out=logits.all)
+        expert_ids, weights = self.moe.route(logits.all)
+        if self.plain and expert_ids.numel() <= FEW_ROWS:
+            experts = self.moe.experts
+            activation = experts.alpha, experts.limit, experts.beta
+            add_experts(x.all, normed.all, self.turned_w13, self.turned_w2, expert_ids, weights, activation)
+        else:
+            x.all.add_(self.moe.experts(normed.all, expert_ids, weights))
+        if self.shared is not None:
             self.shared.add_to(normed, x, space)
 
-    def _expert_rows(self) -> tuple[Activation, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def _add_plain(self, chosen: list[tuple[int, float]], rows: "_ExpertRows", normed: Tensor, x: Tensor) -> None:
+        for (expert, _), row in zip(chosen, rows.gate_up):
+            torch.mv(self.w13[expert], normed, out=row)
+        if self.joined:
+            assert self.shared is not None
+            torch.mv(self.shared.gate_up.weight, normed, out=rows.gate_up[-1])
+        rows.act()
+        for (expert, weight), row in zip(chosen, rows.out):
+            torch.addmv(x, self.w2[expert], row, alpha=weight, out=x)
+        if self.joined:
+            assert self.shared is not None
+            torch.addmv(x, self.shared.down.weight, rows.out[-1], alpha=1.0 / rows.act.alpha, out=x)
+
+    def _add_short(self, chosen: list[tuple[int, float]], rows: "_ExpertRows", short: Tensor, x: Tensor) -> None:
+        """`short` bf16 `[1, H]`."""
+        assert self.short is not None
+        w13 = [self.short[0][expert] for expert, _ in chosen]
+        w2 = [self.short[1][expert] for expert, _ in chosen]
+        factors = [weight for _, weight in chosen]
+        if self.joined:
+            assert self.shared is not None
+            assert self.shared.gate_up.short is not None
+            assert self.shared.down.short is not None
+            w13.append(self.shared.gate_up.short)
+            w2.append(self.shared.down.short)
+            factors.append(1.0 / rows.act.alpha)
+        rows.act.gate_up.copy_(torch.cat([product(short) for product in w13]))
+        rows.act()
+        weighted = rows.act.short(torch.tensor(factors).unsqueeze(1)).split(1)
+        outputs = torch.cat([product(row) for product, row in zip(w2, weighted)])
+        x.add_(torch.sum(outputs, 0, keepdim=True, dtype=torch.float32))
+
+    def _expert_rows(self) -> "_ExpertRows":
         rows = self.moe.num_experts_per_tok + self.joined
         act = Activation(self.moe.experts, rows, self.width)
-        return act, act.gate_up.unbind(), act.out.unbind()
+        return _ExpertRows(act, act.gate_up.unbind(), act.out.unbind())
 
     def _route_one(self, normed: Tensor, logits: Rows) -> list[tuple[int, float]]:
         """`MiniMaxM3MoE.route` of one token: the chosen experts, and their weights over alpha (see `Activation`)."""
@@ -250,3 +229,11 @@ class DecodingMoE:
         chosen = sorted(range(len(choice)), key=choice.__getitem__, reverse=True)[: moe.num_experts_per_tok]
         factor = moe.routed_scaling_factor / sum([scores[expert] for expert in chosen]) / moe.experts.alpha
         return [(expert, scores[expert] * factor) for expert in chosen]
+
+
+class _ExpertRows(NamedTuple):
+    """The activation of all experts of a token, and its rows."""
+
+    act: Activation
+    gate_up: tuple[Tensor, ...]
+    out: tuple[Tensor, ...]

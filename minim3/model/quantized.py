@@ -111,23 +111,23 @@ class PackedMatrices:
 
     def __init__(self, projections: Sequence[nn.Module]) -> None:
         kinds = [p.matrix.format if isinstance(p, QuantizedLinear) and p.matrix else None for p in projections]
-        self._products: list[PackedLinears | WeightMatrix] = []
-        self._pieces: list[tuple[int, int, int]] = [(0, 0, 0)] * len(projections)  # product, first row, last row
+        self.products: list[PackedLinears | WeightMatrix] = []
+        self.pieces: list[tuple[int, int, int]] = [(0, 0, 0)] * len(projections)  # product, first row, last row
         for kind in dict.fromkeys(kinds):
             places = [place for place, other in enumerate(kinds) if other == kind]
             members: list[Any] = [projections[place] for place in places]
             first = 0
             for place, member in zip(places, members, strict=True):
-                self._pieces[place] = len(self._products), first, first + member.out_features
+                self.pieces[place] = len(self.products), first, first + member.out_features
                 first += member.out_features
             if kind is None:
-                self._products.append(PackedLinears(members))
+                self.products.append(PackedLinears(members))
                 continue
             joint, views = type(members[0].matrix).join([member.matrix for member in members])
-            self._products.append(joint)
+            self.products.append(joint)
             for member, view in zip(members, views, strict=True):
                 member.matrix = view
-        self._pieces = _merged_pieces(self._pieces)
+        self.pieces = _merged_pieces(self.pieces)
         self._known = [
             (p, p.matrix if isinstance(p, QuantizedLinear) else p.get_parameter("weight").data_ptr())
             for p in projections
@@ -145,10 +145,10 @@ class PackedMatrices:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., all rows]`, the outputs of the projections side by side."""
-        outputs = [p(x) if isinstance(p, PackedLinears) else _product(p, x) for p in self._products]
-        if len(self._pieces) == 1:
+        outputs = [p(x) if isinstance(p, PackedLinears) else _product(p, x) for p in self.products]
+        if len(self.pieces) == 1:
             return outputs[0]
-        return torch.cat([outputs[product][..., first:last] for product, first, last in self._pieces], dim=-1)
+        return torch.cat([outputs[product][..., first:last] for product, first, last in self.pieces], dim=-1)
 
 
 def _merged_pieces(pieces: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:

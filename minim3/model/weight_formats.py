@@ -40,6 +40,10 @@ _CHUNK_ELEMENTS = 1 << 22
 """Weights quantized at a time: the fp32 temporaries of a head of many rows stay small."""
 
 
+BareProduct = Callable[[Tensor], Tensor]
+"""Rows of x in bf16 -> rows of the product in bf16, with no check and nothing around torch's own operator."""
+
+
 class WeightMatrix(Protocol):
     """What the three formats share. `columns` are those of x, `num_rows` those of the product."""
 
@@ -54,6 +58,9 @@ class WeightMatrix(Protocol):
 
     def product(self, x: Tensor) -> Tensor:
         """Prepared `[M, columns]` -> `[M, num_rows]`, in the dtype of the prepared x."""
+
+    def bare(self) -> BareProduct | None:
+        """The packed product for a few rows of x; None where there is none, or rows or columns are padded."""
 
     def dequantize(self) -> Tensor:
         """The weights in fp32, `[num_rows, columns]`: a copy."""
@@ -116,6 +123,10 @@ class Int8Matrix(_ScaledRows):
             return torch.ops.aten._weight_int8pack_mm(x, self.codes, self.scales)
         # Codes are exact in bf16: the scale is applied to the product.
         return _tiled(x, self.num_rows, lambda rows, dtype: self.codes[rows].to(dtype).t()).mul_(self.scales)
+
+    def bare(self) -> BareProduct | None:
+        codes, scales = self.codes, self.scales
+        return None if codes.shape[1] != self.columns else lambda x: torch._weight_int8pack_mm(x, codes, scales)
 
     def dequantize(self) -> Tensor:
         return self.codes[:, : self.columns].float().mul_(self.scales.float().unsqueeze(1))
@@ -181,6 +192,12 @@ class Int4Matrix:
         else:
             y = _tiled(x, self.codes.shape[0], self._transposed)
         return self._unpad(y)
+
+    def bare(self) -> BareProduct | None:
+        if 2 * self.codes.shape[1] != self.columns or self.codes.shape[0] != self.num_rows:
+            return None
+        codes, group_size, factors = self.codes, self.group_size, self.scales_and_zeros.contiguous()
+        return lambda x: torch._weight_int4pack_mm_for_cpu(x, codes, group_size, factors)
 
     def dequantize(self) -> Tensor:
         if _int4_layout() is None:
@@ -256,6 +273,9 @@ class MXFP8Matrix(_ScaledRows):
             rows = slice(start, min(start + step, self.num_rows))
             out[:, rows] = F.linear(x, self._rows(rows).to(x.dtype))
         return out
+
+    def bare(self) -> BareProduct | None:
+        return None
 
     def dequantize(self) -> Tensor:
         return self._rows(slice(0, self.num_rows))
