@@ -1,0 +1,219 @@
+"""Token events of one answer to what clients are shown: text, reasoning, tool calls, log-probabilities.
+
+Two readers of one shape: `ChatReader` for the chat format, `TextReader` for plain continuation. Each is fed events one
+after the other and gives an `Update`; it says when its answer is complete although the engine would go on (a stop
+string, a second tool call where one was allowed).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from minim3.inference.engine import TokenEvent
+from minim3.inference.request import TokenLogprobs
+from minim3.processing.chat import END_THINK, NAMESPACE, THINK
+from minim3.processing.detokenizer import IncrementalDetokenizer, StopStrings
+from minim3.processing.output import OutputDelta, OutputParser, ParsedOutput
+from minim3.processing.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEntry:
+    """A token that belongs to the text of an answer, with what was asked about it."""
+
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What further tokens added to answer `index`. finish_reason is set once, on its last update."""
+
+    index: int
+    delta: OutputDelta
+    entries: tuple[TokenEntry, ...] = ()
+    finish_reason: str | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.delta or self.finish_reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """When a reader ends an answer by itself."""
+
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    max_calls: int | None = None
+
+
+class Reader(Protocol):
+    """See `ChatReader`."""
+
+    index: int
+    num_tokens: int
+    num_reasoning_tokens: int
+    stopped: bool
+
+    def feed(self, event: TokenEvent) -> Update: ...
+
+    def finish(self, reason: str) -> Update: ...
+
+    @property
+    def result(self) -> ParsedOutput: ...
+
+
+class _Regions:
+    """Where each token of a chat answer belongs: reasoning, content, or neither (markers, tool calls, the end)."""
+
+    def __init__(self, tokenizer: Tokenizer, mode: str) -> None:
+        added = tokenizer.added_tokens
+        self._think, self._end_think = added.get(THINK), added.get(END_THINK)
+        self._namespace = added.get(NAMESPACE)
+        self._silent = tokenizer.special_ids | set(tokenizer.eos_token_ids)
+        self._region = "reasoning" if mode == "enabled" else "content"
+        self._is_first = True
+
+    def of(self, token_id: int) -> str | None:
+        is_first, self._is_first = self._is_first, False
+        if self._region != "calls":
+            if token_id == self._think and (is_first or self._region == "reasoning"):
+                self._region = "reasoning"
+                return None
+            if token_id == self._end_think:
+                self._region = "content"
+                return None
+            if token_id == self._namespace and self._region == "content":
+                self._region = "calls"
+        if self._region == "calls" or token_id in self._silent:
+            return None
+        return self._region
+
+
+class ChatReader:
+    """Reads an answer in the chat format.
+
+    Stop strings end the content; reasoning and arguments may speak of them. Log-probabilities are given for the tokens
+    of the content, which together are its text.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        mode: str,
+        tools: Sequence[Mapping[str, Any]],
+        ending: Ending,
+        make_id: Callable[[int], str],
+    ) -> None:
+        self.index = index
+        self.num_tokens = 0
+        self.num_reasoning_tokens = 0
+        self.stopped = False
+        self._parser = OutputParser(tokenizer, mode, tools, make_id=make_id)
+        self._regions = _Regions(tokenizer, mode)
+        self._stops = StopStrings(ending.stops)
+        self._ending = ending
+        self._content: list[str] = []
+        self._entries: list[TokenEntry] = []
+        self._reason = "stop"
+
+    def feed(self, event: TokenEvent) -> Update:
+        self.num_tokens += 1
+        region = self._regions.of(event.token_id)
+        self.num_reasoning_tokens += region == "reasoning"
+        if event.token_id in self._ending.stop_token_ids:
+            self.stopped = True
+            return Update(self.index, OutputDelta())
+        if region == "content":
+            self._entries.append(TokenEntry(event.token_id, event.logprobs))
+        return self._update(self._parser.feed(event.token_id))
+
+    def finish(self, reason: str) -> Update:
+        """The end of the answer, for `reason`: stop or length."""
+        self._reason = "stop" if self.stopped else reason
+        update = self._update(self._parser.finish(), last=True)
+        return replace(update, finish_reason=self.result.finish_reason)
+
+    @property
+    def result(self) -> ParsedOutput:
+        parsed = self._parser.result(self._reason)
+        calls = parsed.tool_calls
+        if self._ending.max_calls is not None:
+            calls = calls[: self._ending.max_calls]
+        return replace(parsed, content="".join(self._content), tool_calls=calls)
+
+    def _update(self, delta: OutputDelta, last: bool = False) -> Update:
+        most = self._ending.max_calls
+        if most is not None and any(call.index >= most for call in delta.tool_calls):
+            delta = replace(delta, tool_calls=tuple(call for call in delta.tool_calls if call.index < most))
+            self.stopped = True
+        content = delta.content
+        if self._stops.stopped_by is not None:
+            content = ""
+        elif self.num_tokens > self._ending.min_tokens or last:
+            content = self._stops.feed(content)
+            if self._stops.stopped_by is not None:
+                self.stopped = True
+                self._entries.clear()
+                content += self._stops.stopped_by if self._ending.include_stop else ""
+            elif last or delta.tool_calls:
+                content += self._stops.finish()
+        self._content.append(content)
+        entries: tuple[TokenEntry, ...] = ()
+        if self._entries and (content or last):
+            entries, self._entries = tuple(self._entries), []
+        return Update(self.index, replace(delta, content=content), entries)
+
+
+class TextReader:
+    """Reads plain text: what the tokens say, control tokens left out."""
+
+    def __init__(self, index: int, tokenizer: Tokenizer, ending: Ending, eos_token_ids: Sequence[int]) -> None:
+        self.index = index
+        self.num_tokens = 0
+        self.num_reasoning_tokens = 0
+        self.stopped = False
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        self._silent = tokenizer.special_ids | set(eos_token_ids)
+        self._stops = StopStrings(ending.stops)
+        self._ending = ending
+        self._text: list[str] = []
+        self._reason = "stop"
+
+    def feed(self, event: TokenEvent) -> Update:
+        self.num_tokens += 1
+        if event.token_id in self._ending.stop_token_ids:
+            self.stopped = True
+        if self.stopped:
+            return Update(self.index, OutputDelta())
+        text = "" if event.token_id in self._silent else self._detokenizer.feed(event.token_id)
+        if self.num_tokens > self._ending.min_tokens:
+            text = self._cut(text)
+        entries = () if event.token_id in self._silent else (TokenEntry(event.token_id, event.logprobs),)
+        return self._update(text, entries)
+
+    def finish(self, reason: str) -> Update:
+        text = ""
+        if not self.stopped:
+            text = self._cut(self._detokenizer.finish())
+            text += "" if self.stopped else self._stops.finish()
+        self._reason = "stop" if self.stopped else reason
+        return replace(self._update(text, ()), finish_reason=self._reason)
+
+    @property
+    def result(self) -> ParsedOutput:
+        return ParsedOutput(None, "".join(self._text), (), self._reason)
+
+    def _cut(self, text: str) -> str:
+        text = self._stops.feed(text)
+        if self._stops.stopped_by is not None and not self.stopped:
+            self.stopped = True
+            text += self._stops.stopped_by if self._ending.include_stop else ""
+        return text
+
+    def _update(self, text: str, entries: tuple[TokenEntry, ...]) -> Update:
+        self._text.append(text)
+        return Update(self.index, OutputDelta(content=text), entries)

@@ -1,0 +1,140 @@
+"""What requests may hold: the fields of `/v1/chat/completions`, `/v1/completions` and `/tokenize`.
+
+Types are strict (a number in quotes is refused), as are unknown fields: a misspelt `max_token` that is dropped in
+silence costs its author an hour. Fields that OpenAI's clients send and that mean nothing to one server of one model are
+known, and without effect (`NO_EFFECT`).
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from minim3.server.errors import BadRequest
+from minim3.server.settings import ServerSettings
+
+NO_EFFECT = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "prediction", "verbosity",
+)  # fmt: skip
+_REPLACED = {
+    "functions": "send tools instead",
+    "function_call": "send tool_choice instead",
+    "best_of": "send n instead",
+    "audio": "this model neither hears nor speaks",
+    "web_search_options": "this server searches nothing",
+    "previous_response_id": "nothing is stored; send the whole conversation as input",
+    "conversation": "nothing is stored; send the whole conversation as input",
+    "background": "answers are not stored; use stream",
+}
+
+TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
+PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class RequestModel(BaseModel):
+    """Base of every request body."""
+
+    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra={"additionalProperties": False})
+
+    def check_fields(self, settings: ServerSettings) -> None:
+        """Raise BadRequest for a field nobody knows, unless the settings ignore them."""
+        for name, value in (self.model_extra or {}).items():
+            if name in NO_EFFECT or value is None:
+                continue
+            if name in _REPLACED:
+                raise BadRequest(f"{name} is not supported: {_REPLACED[name]}", param=name, code="unsupported_field")
+            if not settings.ignore_unknown_fields:
+                raise BadRequest(
+                    f"{name[:100]!r} is no field of this request; check its spelling, or leave it out",
+                    param=name[:100],
+                    code="unknown_field",
+                )
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    include_usage: bool | None = Field(None, description="Send a last chunk with the usage.")
+    include_obfuscation: bool | None = Field(None, description="Without effect.")
+
+
+class SamplingFields(RequestModel):
+    """What chat and plain completions have in common."""
+
+    model: str | None = Field(None, description="Any name of /v1/models; left out, the one model.")
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: PositiveInt | None = Field(None, description="How many answers.")
+    max_tokens: PositiveInt | None = Field(None, description="Most tokens of an answer.")
+    temperature: float | None = Field(None, ge=0, description="0 is greedy. Left out: the checkpoint's.")
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = Field(None, description="0 and -1 keep all tokens.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(
+        None, description="Token id (as text) to what is added to its logit."
+    )
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: str | list[str] | None = Field(None, description="Texts that end the answer.")
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    ignore_eos: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = Field(
+        None, description="Higher goes first, where the server allows it."
+    )
+
+
+class ChatRequest(SamplingFields):
+    """The body of /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] = Field(description="The conversation so far, in OpenAI's form.", min_length=1)
+    max_completion_tokens: PositiveInt | None = Field(None, description="The newer name of max_tokens.")
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or one function.")
+    parallel_tool_calls: bool | None = None
+    response_format: dict[str, Any] | None = Field(
+        None, description="text, json_object, json_schema, grammar or regex."
+    )
+    reasoning_effort: str | None = Field(None, description="none, minimal, low, medium, high or xhigh.")
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        None, description="thinking_mode (enabled, disabled, adaptive), and variables of the checkpoint's template."
+    )
+    modalities: list[str] | None = Field(None, description='["text"] only.')
+
+
+class CompletionRequest(SamplingFields):
+    """The body of /v1/completions."""
+
+    prompt: str | list[str] | TokenIds | list[TokenIds] = Field(description="Text or token ids, one or several.")
+    echo: bool | None = Field(None, description="Put the prompt before the answer.")
+    logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    suffix: str | None = Field(None, description="Not supported.")
+    response_format: dict[str, Any] | None = None
+    allow_special_tokens: bool | None = Field(
+        None, description="Control tokens written in a text prompt count as such."
+    )
+
+
+class TokenizeRequest(RequestModel):
+    """The body of /tokenize: a text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    allow_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(RequestModel):
+    """The body of /detokenize."""
+
+    model: str | None = None
+    tokens: TokenIds
