@@ -237,6 +237,89 @@ def demo(
     run_demo(LoadOptions(model, device, dtype.value, threads, quantization), output, seed)
 
 
+@app.command()
+def serve(
+    source: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="Checkpoint folder or hub id; default: pocket.")
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="PATH|HUB", help="The same as MODEL.")] = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="0.0.0.0: reachable from outside.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="0: any free one.")] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="Ask for this key (repeatable); or MINIM3_API_KEY.")
+    ] = None,
+    api_key_file: Annotated[Path | None, typer.Option(metavar="FILE", help="Keys, one a line.")] = None,
+    cors_origin: Annotated[
+        list[str] | None, typer.Option(metavar="ORIGIN", help="Web pages of others that may call (repeatable; *).")
+    ] = None,
+    served_model_name: Annotated[str | None, typer.Option(metavar="NAME", help="What clients call the model.")] = None,
+    thinking: Annotated[
+        Thinking, typer.Option("--thinking", help="Of requests that do not say.")
+    ] = Thinking.adaptive,
+    page: Annotated[bool, typer.Option(help="Serve the chat page at /.")] = True,
+    max_running: Annotated[int, typer.Option(min=1, metavar="N", help="Requests that run at once.")] = 64,
+    max_waiting: Annotated[int, typer.Option(min=0, metavar="N", help="Requests that wait; then 429.")] = 256,
+    max_tokens_per_step: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Lower: smoother streams. Higher: faster prompts.")
+    ] = 512,
+    num_pages: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Pages of the cache; default: it grows as needed.")
+    ] = None,
+    speculative_tokens: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Draft N tokens a step with the model's MTP modules.")
+    ] = 0,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Most a request may ask for.")] = None,
+    request_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest a request may take.")] = 600.0,
+    drain_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="Longest a stopping server waits for its requests.")
+    ] = 60.0,
+    allow_urls: Annotated[bool, typer.Option("--allow-urls", help="Fetch pictures from http(s) URLs.")] = False,
+    allowed_host: Annotated[
+        list[str] | None, typer.Option(metavar="HOST", help="Fetch from these only (repeatable; .example.com).")
+    ] = None,
+    limit: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="Any other limit (docs/serving.md; repeatable).")
+    ] = None,
+    allow_priority: Annotated[bool, typer.Option("--allow-priority", help="Requests may set priority.")] = False,
+    ignore_unknown_fields: Annotated[
+        bool, typer.Option("--ignore-unknown-fields", help="Accept fields nobody knows.")
+    ] = False,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what is asked and answered.")] = False,
+    log_level: Annotated[str, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")] = "info",
+    log_format: Annotated[
+        str, typer.Option(metavar="FORMAT", help="json or text; default: text at a terminal.")
+    ] = "auto",
+    replicas: Annotated[int, typer.Option(min=1, metavar="N", help="Servers behind Ray Serve (extra cluster).")] = 1,
+    adapter: Adapter = None,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    quantization: QuantizationOption = None,
+    threads: Threads = None,
+    version: Version = False,
+) -> None:
+    """Serve a model to OpenAI clients, with a chat page (docs/serving.md)."""
+    from minim3.cli.serve import read_keys, read_limits, run_serve
+    from minim3.cli.session import LoadOptions
+
+    if source is not None and model is not None:
+        raise ValueError(f"two models were given, {source} and --model {model}: pass one")
+    settings = {
+        "host": host, "port": port, "api_keys": read_keys(api_key or [], api_key_file),
+        "cors_origins": tuple(cors_origin or ()), "model_name": served_model_name, "thinking": thinking.value,
+        "page": page, "max_running": max_running, "max_waiting": max_waiting,
+        "max_tokens_per_step": max_tokens_per_step, "num_pages": num_pages,
+        "speculative_tokens": speculative_tokens, "max_new_tokens": max_new_tokens,
+        "request_seconds": request_timeout, "drain_seconds": drain_timeout, "allow_urls": allow_urls,
+        "allowed_hosts": tuple(allowed_host or ()), "allow_priority": allow_priority,
+        "ignore_unknown_fields": ignore_unknown_fields, "log_prompts": log_prompts, "log_level": log_level,
+        **read_limits(limit or []),
+    }  # fmt: skip
+    options = LoadOptions(source or model, device, dtype.value, threads, quantization, adapter)
+    code = run_serve(options, settings, replicas=replicas, log_format=log_format)
+    if code:
+        raise typer.Exit(code)
+
+
 @app.command("eval")
 def evaluate(
     words: Annotated[

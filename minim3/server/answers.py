@@ -35,7 +35,7 @@ class Update:
     finish_reason: str | None = None
 
     def __bool__(self) -> bool:
-        return bool(self.delta or self.finish_reason)
+        return bool(self.delta or self.entries or self.finish_reason)
 
 
 @dataclass(frozen=True, slots=True)

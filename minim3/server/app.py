@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 import minim3
 from minim3.inference.engine import Engine
 from minim3.processing.processor import MiniMaxM3VLProcessor
-from minim3.server import chat, models, operations, tokenization
+from minim3.server import chat, completions, models, operations, responses, tokenization
 from minim3.server.auth import KeyMiddleware
 from minim3.server.driver import EngineDriver
 from minim3.server.errors import INVALID_REQUEST, APIError, BadRequest, error_body
@@ -57,7 +57,7 @@ def create_app(
         redoc_url=None,
     )  # fmt: skip
     app.state.server = state
-    for module in (operations, models, chat, tokenization):
+    for module in (operations, models, chat, completions, responses, tokenization):
         app.include_router(module.router(state))
     if settings.page and find_spec("minim3.server.page") is not None:
         app.include_router(import_module("minim3.server.page").router(state))

@@ -71,7 +71,7 @@ class ChatAnswer:
         use = prompts.tool_use(settings, body.tools, body.tool_choice, body.parallel_tool_calls)
         stops = prompts.stop_strings(settings, body.stop)
         count = prompts.num_choices(settings, body.n)
-        guides = await prompts.make_guides(state, body.response_format, use, mode, count)
+        guides = await prompts.make_guides(state, body.response_format, body.guide_extras, use, mode, count)
         prompt = await prompts.chat_prompt(state, body.messages, use.tools, mode, variables)
         params = prompts.sampling_params(
             state, body, max_new_tokens=body.max_completion_tokens or body.max_tokens,

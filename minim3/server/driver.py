@@ -133,13 +133,17 @@ class EngineDriver:
     async def stop(self) -> None:
         """Abort what still runs and end the thread, after the step it is in."""
         self.draining = True
-        for submission in list(self._submissions):
-            submission._fail(Unavailable("the server stopped before the answer was complete; send it again"))
+        self.abandon()
         self._stopping = True
         self._commands.put(self._abort_all)
         thread = self._thread
         if thread is not None and thread.is_alive():
             await asyncio.to_thread(thread.join)
+
+    def abandon(self) -> None:
+        """Tell everybody who still waits that the server stops before their answer is complete."""
+        for submission in list(self._submissions):
+            submission._fail(Unavailable("the server stopped before the answer was complete; send it again"))
 
     @property
     def ready(self) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -62,6 +63,7 @@ class Call:
         self._submissions: list[Submission] = []
         self._readers: list[list[Reader]] = []
         self._prompts: list[Prompt] = []
+        self._guides: dict[int, Any] = {}
 
     async def submit(
         self,
@@ -81,6 +83,8 @@ class Call:
             raise BadRequest(str(error)) from None
         self._submissions.append(submission)
         self._readers.append(list(readers))
+        if guides is not None:
+            self._guides.update((reader.index, guide) for reader, guide in zip(readers, guides, strict=True))
         self._prompts.append(prompt)
         self._state.metrics.prompt(len(prompt.ids))
 
@@ -141,10 +145,13 @@ class Call:
                 update = reader.feed(event)
                 if update:
                     yield update
+                # A guide that was given up ends its request, and raises here.
                 if reader.stopped or event.finish_reason is not None:
                     ended.add(reader.index)
                     if event.finish_reason is None:
                         submission.abort(event.request)
+                    if reader.index in self._guides:
+                        import_module("minim3.server.structured").check_guide(self._guides[reader.index])
                     last = reader.finish(event.finish_reason or "stop")
                     cached = getattr(event.request, "num_cached_tokens", 0)
                     self._state.metrics.answered(last.finish_reason or "stop", cached)

@@ -101,12 +101,13 @@ class _EngineCollector:
 
     def collect(self) -> Iterator[Metric]:
         engine = self._driver.engine
+        pool = getattr(engine.cache, "pool", engine.cache)
         gauges = {
             "minim3_requests_active": ("Requests being prepared, waiting or running.", self._driver.num_active),
             "minim3_requests_waiting": ("Requests waiting in the engine's queue.", len(engine.scheduler.waiting)),
             "minim3_requests_running": ("Requests running in the engine.", len(engine.scheduler.running)),
-            "minim3_pages_total": ("Pages of the cache.", engine.cache.num_pages),
-            "minim3_pages_free": ("Pages of the cache that nothing holds.", engine.cache.num_free_pages),
+            "minim3_pages_total": ("Pages of the cache.", pool.num_pages),
+            "minim3_pages_free": ("Pages of the cache that nothing holds.", pool.num_free_pages),
             "minim3_ready": ("1 while new requests are taken.", int(self._driver.ready)),
         }
         for name, (text, value) in gauges.items():

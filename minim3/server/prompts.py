@@ -315,19 +315,23 @@ def num_choices(settings: ServerSettings, n: int | None, num_prompts: int = 1) -
 
 
 async def make_guides(
-    state: ServerState, response_format: Mapping[str, Any] | None, use: ToolUse, mode: str, count: int
+    state: ServerState,
+    response_format: Mapping[str, Any] | None,
+    extras: Mapping[str, Any],
+    use: ToolUse,
+    mode: str,
+    count: int,
 ) -> list[Any] | None:
-    """One guide an answer, or None where nothing binds them."""
-    forced = use.choice not in ("auto", "none") or use.named
-    kind = None if response_format is None else response_format.get("type")
-    if not forced and (response_format is None or kind == "text"):
+    """One guide an answer, or None where nothing binds them. BadRequest for a schema or grammar that cannot."""
+    bound = use.choice not in ("auto", "none") or any(tool["function"].get("strict") is True for tool in use.tools)
+    if response_format is None and not extras and not bound:
         return None
-    from minim3.server.structured import make_guide
+    from minim3.server import structured
 
     def make() -> Any:
-        return make_guide(
+        return structured.make_guide(
             state.processor, state.model.text_config.vocab_size, state.settings,
-            response_format=None if response_format is None else dict(response_format), tools=use.tools,
+            response_format=structured.fold_extras(response_format, extras), tools=use.tools,
             tool_choice=use.choice, parallel=use.parallel, thinking_mode=mode,
         )  # fmt: skip
 

@@ -58,7 +58,26 @@ class StreamOptions(BaseModel):
     include_obfuscation: bool | None = Field(None, description="Without effect.")
 
 
-class SamplingFields(RequestModel):
+class StructuredFields(RequestModel):
+    """What an answer must look like; `response_format`, or one of the fields that vLLM's clients send."""
+
+    response_format: dict[str, Any] | None = Field(
+        None, description="text, json_object, json_schema, regex, choice or grammar."
+    )
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+
+    @property
+    def guide_extras(self) -> dict[str, Any]:
+        """vLLM's fields, those that are set."""
+        names = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+
+class SamplingFields(StructuredFields):
     """What chat and plain completions have in common."""
 
     model: str | None = Field(None, description="Any name of /v1/models; left out, the one model.")
@@ -97,9 +116,6 @@ class ChatRequest(SamplingFields):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = Field(None, description="auto, none, required, or one function.")
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = Field(
-        None, description="text, json_object, json_schema, grammar or regex."
-    )
     reasoning_effort: str | None = Field(None, description="none, minimal, low, medium, high or xhigh.")
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="thinking_mode (enabled, disabled, adaptive), and variables of the checkpoint's template."
@@ -111,10 +127,12 @@ class CompletionRequest(SamplingFields):
     """The body of /v1/completions."""
 
     prompt: str | list[str] | TokenIds | list[TokenIds] = Field(description="Text or token ids, one or several.")
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+        None, description="Most tokens of an answer (16); 0 only with echo."
+    )
     echo: bool | None = Field(None, description="Put the prompt before the answer.")
     logprobs: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     suffix: str | None = Field(None, description="Not supported.")
-    response_format: dict[str, Any] | None = None
     allow_special_tokens: bool | None = Field(
         None, description="Control tokens written in a text prompt count as such."
     )

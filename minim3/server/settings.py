@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field, fields
 
 MEBIBYTE = 1024 * 1024
+LOG_LEVELS = ("debug", "info", "warning", "error")
 THINKING_MODES = ("adaptive", "enabled", "disabled")
 
 
@@ -120,6 +121,8 @@ class ServerSettings:
             raise ValueError("an API key is empty; leave keys out to open the server to everybody")
         if self.thinking not in THINKING_MODES:
             raise ValueError(f"thinking is {self.thinking!r}; known: {', '.join(THINKING_MODES)}")
+        if self.log_level not in LOG_LEVELS:
+            raise ValueError(f"log_level is {self.log_level!r}; known: {', '.join(LOG_LEVELS)}")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port is {self.port}; ports go from 0 (any free one) to 65535")
         may_be_zero = {"port", "max_waiting", "speculative_tokens", "retry_after_seconds", "drain_seconds"}
