@@ -85,7 +85,7 @@ def greedy(count: int, **options: object) -> SamplingParams:
 
 def assert_nothing_held(engine: Engine) -> None:
     engine.check_integrity()
-    assert engine.cache.num_used_pages == 0
+    assert engine.cache.pool.num_used_pages == 0
     assert not engine.requests
     assert not engine.sampler._streams
     assert not engine._texts
@@ -273,7 +273,7 @@ def test_closing_a_stream_frees_its_pages() -> None:
     engine.add_request([4], greedy(30))
     stream = engine.stream()
     assert isinstance(next(stream), TokenEvent)
-    assert engine.cache.num_used_pages > 0
+    assert engine.cache.pool.num_used_pages > 0
     stream.close()
     assert_nothing_held(engine)
 

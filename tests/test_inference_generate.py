@@ -125,7 +125,7 @@ def test_free_pages_full_of_nan_change_nothing(
     requests = [engine.add_request(prompt, SamplingParams(max_new_tokens=6)) for prompt in prompts]
     engine.run()
     engine.check_integrity()
-    assert engine.cache.num_free_pages == 40
+    assert engine.cache.pool.num_free_pages == 40
     close_calls = 0
     for prompt, request in zip(prompts, requests, strict=True):
         expected = tokens_without_cache(model, prompt, 6)

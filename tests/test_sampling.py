@@ -34,7 +34,9 @@ def make_logits(seed: int, rows: int = 1, vocabulary: int = VOCABULARY, ties: bo
 def draw(params: SamplingParams, logits: torch.Tensor, count: int) -> list[int]:
     """Tokens that one request draws from the same logits, one after another."""
     sampler, request = Sampler(), make_request(params)
-    return [sampler.sample(logits, [request]).token_ids[0] for _ in range(count)]
+    for _ in range(count):
+        request.token_ids += sampler.sample(logits, [request]).token_ids
+    return request.output_ids
 
 
 def oracle_probabilities(params: SamplingParams, ids: list[int], logits: torch.Tensor) -> torch.Tensor:
@@ -79,7 +81,7 @@ def test_distribution_equals_transformers(params: SamplingParams, seed: int, tie
         counts = torch.zeros(VOCABULARY)
         sampler, request = Sampler(), make_request(params, ids)
         values = iter([(step + 0.5) / steps for step in range(steps)])
-        patch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream: next(values))
+        patch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream, place: next(values))
         for token_id in sampler.sample(logits.expand(steps, -1), [request] * steps).token_ids:
             counts[token_id] += 1
     expected = oracle_probabilities(params, ids, logits)
@@ -128,16 +130,16 @@ def test_top_p_of_a_large_vocabulary(spread: float, monkeypatch: pytest.MonkeyPa
     expected = oracle_probabilities(request.params, [1], logits)
     steps = 400
     values = iter([(i // 2 + 0.5) / steps for i in range(2 * steps)])
-    monkeypatch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream: next(values))
+    monkeypatch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream, place: next(values))
     flat = torch.zeros(1, 4000)
     rows = torch.cat([logits, flat]) if spread == 3.0 else logits.repeat(2, 1)
     drawn = [sampler.sample(rows, [request, other]).token_ids[0] for _ in range(50)]
     assert all(expected[token_id] > 0 for token_id in drawn)
     alone = iter([(i + 0.5) / steps for i in range(50)])
-    monkeypatch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream: next(alone))
+    monkeypatch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream, place: next(alone))
     assert [sampler.sample(logits, [request]).token_ids[0] for _ in range(50)] == drawn
     weights = iter([(i + 0.5) / steps for i in range(steps)])
-    monkeypatch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream: next(weights))
+    monkeypatch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream, place: next(weights))
     counts = torch.bincount(torch.tensor(sampler.sample(logits.expand(steps, -1), [request] * steps).token_ids))
     counts = torch.nn.functional.pad(counts, (0, 4000 - len(counts)))
     assert (counts / steps - expected).abs().max() <= 2 / steps
@@ -206,7 +208,7 @@ def test_logprobs_are_those_of_the_model() -> None:
 
 def test_uniform_close_to_one_never_leaves_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounding in the cumulative sum may not hand out a token of probability zero."""
-    monkeypatch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream: math.nextafter(1.0, 0.0))
+    monkeypatch.setattr("minim3.inference.sampling._Stream.uniform", lambda stream, place: math.nextafter(1.0, 0.0))
     for top_k, top_p in ((5, 1.0), (0, 0.4), (0, 1.0)):
         logits = make_logits(2, vocabulary=1000)
         logits[0, 990:] = -torch.inf

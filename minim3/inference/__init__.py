@@ -19,7 +19,7 @@ _HOME = {
     "Scheduler": "scheduler",
     "TokenEvent": "engine",
     "TokenLogprobs": "request",
-    "OutOfPages": "cache",
+    "OutOfPages": "pages",
     "generate": "generate",
 }
 __all__ = sorted(_HOME)

@@ -7,17 +7,19 @@ the model has run, so that a step cut short by an exception or by Ctrl-C did not
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from minim3.inference.cache import PagedCache
 from minim3.inference.guide import Guide
+from minim3.inference.media import digest_media, find_placeholders
 from minim3.inference.request import FinishReason, Media, Request, SamplingParams, TokenLogprobs
-from minim3.inference.runner import Runner
+from minim3.inference.runner import Runner, StepOutput
 from minim3.inference.sampling import Sampler
 from minim3.inference.scheduler import Chunk, Scheduler
+from minim3.inference.speculative import Drafter, num_draft_layers
 from minim3.processing.detokenizer import StopStrings
 
 if TYPE_CHECKING:
@@ -51,6 +53,27 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
 
 
+class Chosen(NamedTuple):
+    """Tokens that a request gains in a step, with the log-probabilities it asked for."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None]
+
+
+NOTHING = Chosen([], [])
+
+
+@dataclass(slots=True)
+class EngineStats:
+    """Counts since the engine was made. Computed tokens are those that went through the model, drafts included."""
+
+    num_steps: int = 0
+    num_computed_tokens: int = 0
+    num_generated_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+
 class Engine:
     """Runs many requests on one model and one paged cache.
 
@@ -61,7 +84,13 @@ class Engine:
         max_running: requests that run at once, at most.
         num_pages: size of the cache in pages, fixed. None: the cache starts with `initial_pages` and grows as needed.
         initial_pages: see `num_pages`.
+        prefix_caching: requests that begin alike share the pages of their beginning, also with those that are done.
+        num_speculative_tokens: tokens that the model's MTP modules propose after every token, at most (0: none). They
+            are verified in the next step: the answer is the same, in fewer steps where proposals stand.
         shuffle_seed, poison: debugging aids of the cache (`PagedCache`).
+
+    Raises:
+        ValueError: a size below its least, or speculation with a model that has no MTP modules.
     """
 
     def __init__(
@@ -73,6 +102,8 @@ class Engine:
         max_running: int = 256,
         num_pages: int | None = None,
         initial_pages: int = 64,
+        prefix_caching: bool = True,
+        num_speculative_tokens: int = 0,
         shuffle_seed: int | None = None,
         poison: bool = False,
     ) -> None:
@@ -85,17 +116,20 @@ class Engine:
             max_pages=num_pages,
             dtype=weight.dtype,
             device=weight.device,
+            num_draft_layers=num_draft_layers(model, num_speculative_tokens),
+            prefix_caching=prefix_caching,
             shuffle_seed=shuffle_seed,
             poison=poison,
         )
         self.scheduler = Scheduler(
             max_tokens_per_step=max_tokens_per_step,
             max_running=max_running,
-            page_size=self.cache.page_size,
-            max_pages=num_pages,
+            pool=self.cache.pool,
         )
         self.runner = Runner(model, self.cache)
         self.sampler = Sampler()
+        self.drafter = Drafter(self.runner, num_speculative_tokens) if num_speculative_tokens else None
+        self.stats = EngineStats()
         self.requests: dict[str, Request] = {}
         self._texts: dict[Request, tuple[Detokenizer, StopStrings]] = {}
 
@@ -135,6 +169,10 @@ class Engine:
         self._check_prompt(token_ids)
         if media is not None and not isinstance(media, Media):
             media = Media.of(media)
+        placeholders = find_placeholders(self.model, token_ids, media)
+        if placeholders and self.cache.pool.prefix_caching:
+            assert media is not None
+            digest_media(self.model, media)
         # A token is fed at its own position; the last one generated is never fed, and may lie one past the end.
         room = self.model.text_config.max_position_embeddings + 1 - len(token_ids)
         request = Request(
@@ -144,7 +182,7 @@ class Engine:
             max_new_tokens=min(params.max_new_tokens, room),
             params=params,
             media=media,
-            placeholders=find_placeholders(self.model, token_ids, media),
+            placeholders=placeholders,
             guide=guide,
             priority=priority,
         )
@@ -197,18 +235,17 @@ class Engine:
         return requests
 
     def step(self) -> list[TokenEvent]:
-        """Compute one step; returns the tokens generated, one a request, none for a chunk that ends inside a prompt."""
+        """Compute one step; returns the tokens generated, in order: none for a chunk that ends inside a prompt, one for
+        a request that decodes, several where drafts of it stood.
+        """
         plan = self.scheduler.schedule()
         if not plan:
             return []
         with torch.inference_mode():
-            for request, num_tokens in plan:
-                self.cache.extend(request, request.num_computed_tokens + num_tokens)
-            logits, sampling = self.runner.run(plan)
-            sampled = None if logits is None else self.sampler.sample(logits, sampling)
-        if sampled is None:
-            return self._commit(plan, [], [], [])
-        return self._commit(plan, sampling, sampled.token_ids, sampled.logprobs)
+            output = self.runner.run(plan)
+            chosen = self._choose(plan, output)
+            drafts = [] if self.drafter is None else self.drafter.draft(plan, chosen, output, self.sampler)
+        return self._commit(plan, chosen, drafts)
 
     def stream(self) -> Iterator[TokenEvent]:
         """Step until nothing is left, yielding each token as it comes. Closing the iterator aborts what still runs."""
@@ -239,21 +276,64 @@ class Engine:
             self.abort(request_id)
 
     def check_integrity(self) -> None:
-        """Assert that pages, reservations and lengths add up."""
+        """Assert that pages, references, ranks and lengths add up."""
         self.cache.check_integrity(self.requests.values())
         self.scheduler.check_integrity()
         assert set(self.requests.values()) == {*self.scheduler.running, *self.scheduler.waiting}
 
+    def _choose(self, plan: Sequence[Chunk], output: StepOutput) -> list[Chosen]:
+        """The tokens that each chunk of the plan gains: none, one, or as many as drafts stood and one more."""
+        if output.logits_RV is None:
+            return [NOTHING] * len(plan)
+        rows = [
+            (chunk.request, chunk.draft_ids[:place])
+            for chunk in plan
+            if chunk.reaches_end
+            for place in range(len(chunk.draft_ids) + 1)
+        ]
+        requests, ahead = zip(*rows, strict=True)
+        sampled = self.sampler.sample(output.logits_RV, requests, ahead)
+        chosen, row = [], 0
+        for chunk in plan:
+            if not chunk.reaches_end:
+                chosen.append(NOTHING)
+                continue
+            # A row is right as long as the drafts before it are what was chosen there.
+            num_right = 1
+            for place, draft_id in enumerate(chunk.draft_ids):
+                if sampled.token_ids[row + place] != draft_id:
+                    break
+                num_right += 1
+            right = slice(row, row + num_right)
+            chosen.append(Chosen(sampled.token_ids[right], sampled.logprobs[right]))
+            row += len(chunk.draft_ids) + 1
+        return chosen
+
     def _commit(
-        self,
-        plan: Sequence[Chunk],
-        sampling: Sequence[Request],
-        token_ids: Sequence[int],
-        logprobs: Sequence[TokenLogprobs | None],
+        self, plan: Sequence[Chunk], chosen: Sequence[Chosen], drafts: Sequence[Sequence[int]]
     ) -> list[TokenEvent]:
-        for request, num_tokens in plan:
+        events: list[TokenEvent] = []
+        for place, (request, num_tokens, draft_ids) in enumerate(plan):
+            token_ids, logprobs = chosen[place]
             request.num_computed_tokens += num_tokens
-        return [self._append(*chosen) for chosen in zip(sampling, token_ids, logprobs, strict=True)]
+            request.draft_ids = list(drafts[place]) if drafts else []
+            self.stats.num_computed_tokens += num_tokens + len(draft_ids)
+            self.stats.num_generated_tokens += len(token_ids)
+            if draft_ids:
+                request.num_drafted_tokens += len(draft_ids)
+                request.num_accepted_tokens += len(token_ids) - 1
+                self.stats.num_drafted_tokens += len(draft_ids)
+                self.stats.num_accepted_tokens += len(token_ids) - 1
+            for token_id, token_logprobs in zip(token_ids, logprobs, strict=True):
+                request.num_computed_tokens = request.num_tokens  # a draft that stood is computed with those before it
+                events.append(self._append(request, token_id, token_logprobs))
+                if request.finished:
+                    break
+            if not request.finished:
+                self.cache.pool.publish(request)
+                self.scheduler.published(request)
+        self.stats.num_steps += 1
+        return events
 
     def _append(self, request: Request, token_id: int, logprobs: TokenLogprobs | None) -> TokenEvent:
         params = request.params
@@ -261,30 +341,41 @@ class Engine:
         if logprobs is not None:
             request.logprobs.append(logprobs)
         reason: FinishReason | None = None
+        if request.guide is not None:
+            request.guide.accept(token_id)
+            if request.guide.finished:
+                reason = "stop"
         if token_id in params.eos_token_ids and not params.ignore_eos:
             reason = "stop"
         text = ""
         if request in self._texts:
             detokenizer, stops = self._texts[request]
-            text = stops.feed(detokenizer.feed(token_id))
+            text = detokenizer.feed(token_id)
+            if request.num_output_tokens > params.min_new_tokens:
+                text = stops.feed(text)
             if stops.stopped_by is not None:
                 reason = "stop"
         if reason is None and request.num_output_tokens == request.max_new_tokens:
             reason = "length"
         if request in self._texts and reason is not None:
-            text += stops.feed(detokenizer.finish()) + stops.finish()
+            if stops.stopped_by is None:
+                text += stops.feed(detokenizer.finish()) + stops.finish()
+            if stops.stopped_by is not None and params.include_stop_str_in_output:
+                text += stops.stopped_by
         request.text += text
         if reason is not None:
             self._finish(request, reason)
         return TokenEvent(request, token_id, text, logprobs, reason)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
+        if request.pages:
+            self.cache.pool.publish(request)
         self.scheduler.remove(request)
-        self.cache.free(request)
         self.sampler.forget(request)
         self._texts.pop(request, None)
         del self.requests[request.request_id]
         request.finish_reason = reason
+        request.draft_ids = []
         request.media = None  # its pixels and features are not needed any more
 
     def _check_prompt(self, token_ids: Sequence[int]) -> None:
@@ -299,39 +390,3 @@ class Engine:
         if min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
             wrong = next(token_id for token_id in token_ids if not 0 <= token_id < config.vocab_size)
             raise ValueError(f"token id {wrong} of the prompt is outside the vocabulary of {config.vocab_size}")
-
-
-def find_placeholders(model: "CausalLM", token_ids: Sequence[int], media: Media | None) -> dict[int, list[int]]:
-    """Positions of the media placeholders in a prompt, by placeholder id; only ids that occur.
-
-    Raises:
-        ValueError: pictures or clips give another number of features than there are placeholders, or the model has no
-            vision tower.
-    """
-    grids = [
-        ("image", "image_token_index", None if media is None else media.image_grid_thw),
-        ("video", "video_token_index", None if media is None else media.video_grid_thw),
-    ]
-    if getattr(model.config, "vision_config", None) is None:
-        if media is not None and not media.empty:
-            raise ValueError("pictures or clips were given, but this is a text-only model without a vision tower")
-        return {}
-    placeholders: dict[int, list[int]] = {}
-    for kind, field, grid in grids:
-        token_id: int = getattr(model.config, field)
-        places = [place for place, known in enumerate(token_ids) if known == token_id]
-        num_features = 0 if grid is None else sum(num_media_tokens(model, grid))
-        if len(places) != num_features:
-            raise ValueError(
-                f"the prompt has {len(places)} {kind} placeholder tokens (id {token_id}), but the {kind}s given make "
-                f"{num_features} features"
-            )
-        if places:
-            placeholders[token_id] = places
-    return placeholders
-
-
-def num_media_tokens(model: "CausalLM", grid_thw: Tensor) -> list[int]:
-    """Placeholder tokens of each row of a grid `[n, 3]` of patches: `t * h * w / merge**2`."""
-    merge: int = model.config.vision_config.spatial_merge_size
-    return [t * h * w // merge**2 for t, h, w in grid_thw.tolist()]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from minim3.inference.cache import default_page_size
-from minim3.inference.engine import DEFAULT_TOKENS_PER_STEP, Engine, num_media_tokens
+from minim3.inference.engine import DEFAULT_TOKENS_PER_STEP, Engine
+from minim3.inference.media import num_media_tokens
 from minim3.inference.request import FinishReason, Media, Request, SamplingParams, TokenLogprobs
 from minim3.processing.detokenizer import IncrementalDetokenizer
 from minim3.processing.tokenizer import Tokenizer

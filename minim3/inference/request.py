@@ -163,8 +163,8 @@ class Media:
 
     pixel_values [num_patches, C*T*P*P], image_grid_thw int64 [num_images, 3] in patches (time, rows, columns);
     pixel_values_videos and video_grid_thw [num_chunks, 3] likewise.
-    ``features`` are filled in once, when the first request that holds them is admitted: placeholder token id ->
-    [num_placeholders, hidden].
+    ``features`` are filled in once, when they are first needed: placeholder token id -> [num_placeholders, hidden].
+    ``digests`` tell contents apart (``media.py``): placeholder token id -> (features, hash) of each picture or chunk.
     """
 
     pixel_values: "torch.Tensor | None" = None
@@ -172,6 +172,7 @@ class Media:
     pixel_values_videos: "torch.Tensor | None" = None
     video_grid_thw: "torch.Tensor | None" = None
     features: "dict[int, torch.Tensor] | None" = None
+    digests: dict[int, list[tuple[int, bytes]]] | None = None
 
     def __post_init__(self) -> None:
         for pixels, grid in (("pixel_values", "image_grid_thw"), ("pixel_values_videos", "video_grid_thw")):
@@ -182,8 +183,12 @@ class Media:
     @classmethod
     def of(cls, inputs: "Mapping[str, torch.Tensor]") -> "Media":
         """From what a processor returns; other keys are not looked at."""
-        names = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
-        return cls(**{name: inputs.get(name) for name in names})
+        return cls(
+            pixel_values=inputs.get("pixel_values"),
+            image_grid_thw=inputs.get("image_grid_thw"),
+            pixel_values_videos=inputs.get("pixel_values_videos"),
+            video_grid_thw=inputs.get("video_grid_thw"),
+        )
 
     @property
     def empty(self) -> bool:
@@ -194,8 +199,13 @@ class Media:
 class Request:
     """One prompt on its way through the engine. Made by ``Engine.add_request``; read by callers, changed by the engine.
 
-    ``token_ids`` are the prompt's ids followed by the generated ones; ``pages`` are the cache pages it owns, in
+    ``token_ids`` are the prompt's ids followed by the generated ones; ``pages`` are the cache pages it holds, in
     order of position; ``placeholders`` maps a media placeholder id to its ascending positions in the prompt.
+    ``draft_ids`` are proposals for the tokens that follow, which the next step verifies (speculation).
+    ``page_keys`` are the keys of its first pages (``prefix.py``), of which the first ``num_keyed_pages`` are published.
+
+    Counts for its user: ``num_cached_tokens`` of the prompt were found in the cache when it was first admitted;
+    ``num_preemptions`` times it lost its pages; ``num_accepted_tokens`` of ``num_drafted_tokens`` proposals stood.
     """
 
     request_id: str
@@ -212,6 +222,19 @@ class Request:
     text: str = ""
     guide: "Guide | None" = None
     priority: int = 0
+    arrival: int = 0
+    draft_ids: list[int] = field(default_factory=list)
+    page_keys: list[bytes] = field(default_factory=list)
+    num_keyed_pages: int = 0
+    num_cached_tokens: int | None = None
+    num_preemptions: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Smaller goes first: higher priority, then earlier arrival."""
+        return -self.priority, self.arrival
 
     @property
     def num_tokens(self) -> int:

@@ -1,10 +1,11 @@
 """Runs one planned step: packs the scheduled tokens, splices media features in, runs the model over its pages.
 
-Shape legend: N scheduled requests, T new tokens of all of them, H hidden size, V vocabulary.
+Shape legend: N scheduled requests, T new tokens of all of them (drafts included), H hidden size, R rows to choose a
+token for, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,18 @@ from minim3.model.decoding import DecodingModel
 
 if TYPE_CHECKING:
     from minim3.model.causal_lm import CausalLM
+
+
+class StepOutput(NamedTuple):
+    """What a step computed.
+
+    hidden_TH: of all new tokens, after the final norm. batch: as the model saw them.
+    logits_RV: of every request whose last known token was among them, that token's and its drafts'; None if no row.
+    """
+
+    hidden_TH: Tensor
+    batch: ForwardBatch
+    logits_RV: Tensor | None
 
 
 class Runner:
@@ -35,67 +48,70 @@ class Runner:
         self._scratch = Scratch()
         self._decoding = DecodingModel.of(model.text_model)
 
-    def run(self, plan: Sequence[Chunk]) -> tuple[Tensor | None, list[Request]]:
-        """Compute the planned tokens and store their K, V and index keys; their pages must have been handed out.
-
-        Returns logits `[R, V]` of those R requests whose last known token was among them, and these requests, in order;
-        None where every chunk ends inside a prompt.
-        """
+    def run(self, plan: Sequence[Chunk]) -> StepOutput:
+        """Compute the planned tokens and store their K, V and index keys; their pages must have been handed out."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        last_rows: list[int] = []
-        sampling: list[Request] = []
+        rows: list[int] = []
+        lengths_q: list[int] = []
         lengths_k: list[int] = []
-        for request, num_tokens in plan:
+        for request, num_tokens, draft_ids in plan:
             start = request.num_computed_tokens
-            stop = start + num_tokens
-            token_ids += request.token_ids[start:stop]
+            known = start + num_tokens
+            stop = known + len(draft_ids)
+            token_ids += request.token_ids[start:known]
+            token_ids += draft_ids
             positions += range(start, stop)
             slots += self.cache.slots(request, start, stop)
+            lengths_q.append(stop - start)
             lengths_k.append(stop)
-            if stop == request.num_tokens:
-                last_rows.append(len(token_ids) - 1)
-                sampling.append(request)
+            if known == request.num_tokens:
+                rows += range(len(token_ids) - len(draft_ids) - 1, len(token_ids))
         ids_T, positions_T, slots_T = torch.tensor([token_ids, positions, slots], device=self.device)
-        batch = ForwardBatch(
-            positions_T,
-            tuple([num_tokens for _, num_tokens in plan]),
-            tuple(lengths_k),
-            PagedContext(
-                self.cache.layers, self._page_table.rows([c.request for c in plan]), slots_T, self.cache.page_size,
-                self._scratch,
-            ),
-        )  # fmt: skip
+        batch = self.batch([chunk.request for chunk in plan], positions_T, lengths_q, lengths_k, slots_T)
         embeds_TH = self._embed(ids_T, plan)
         hidden_TH = None if self._decoding is None else self._decoding.forward_packed(embeds_TH, batch)
         if hidden_TH is None:
             hidden_TH = self.model.text_model.forward_packed(embeds_TH, batch)
-        if not sampling:
-            return None, sampling
-        if len(last_rows) < len(token_ids):
-            hidden_TH = hidden_TH[torch.tensor(last_rows, device=self.device)]
-        return self.model.compute_logits(hidden_TH), sampling
+        if not rows:
+            return StepOutput(hidden_TH, batch, None)
+        last_RH = hidden_TH
+        if len(rows) < len(token_ids):
+            last_RH = hidden_TH[torch.tensor(rows, device=self.device)]
+        return StepOutput(hidden_TH, batch, self.model.compute_logits(last_RH))
+
+    def batch(
+        self,
+        requests: Sequence[Request],
+        positions_T: Tensor,
+        lengths_q: Sequence[int],
+        lengths_k: Sequence[int],
+        slots_T: Tensor,
+    ) -> ForwardBatch:
+        """New tokens of `requests` at these positions, over their pages."""
+        table = self._page_table.rows(requests)
+        pages = PagedContext(self.cache.layers, table, slots_T, self.cache.page_size, self._scratch)
+        return ForwardBatch(positions_T, tuple(lengths_q), tuple(lengths_k), pages)
 
     def _embed(self, ids_T: Tensor, plan: Sequence[Chunk]) -> Tensor:
         embeds_TH = self.model.embed_tokens_packed(ids_T)
         first_row = 0
-        for request, num_tokens in plan:
+        for request, num_tokens, draft_ids in plan:
             start = request.num_computed_tokens
             if start < request.num_prompt_tokens and request.placeholders:
                 embeds_TH = self._splice(embeds_TH, first_row, request, start, start + num_tokens)
-            first_row += num_tokens
+            first_row += num_tokens + len(draft_ids)
         return embeds_TH
 
     def _splice(self, embeds_TH: Tensor, first_row: int, request: Request, start: int, stop: int) -> Tensor:
         """Put the features of the placeholders at positions `start <= p < stop` in their rows."""
         assert request.media is not None
-        features = self._features(request.media)
         for token_id, places in request.placeholders.items():
             low, high = request.placeholders_between(token_id, start, stop)
             if low == high:
                 continue
-            found = features[token_id]
+            found = self._features(request.media)[token_id]
             if found.shape[0] != len(places):
                 raise ValueError(
                     f"request {request.request_id!r} has {len(places)} placeholders of token {token_id}, "

@@ -1,11 +1,14 @@
 """Choosing tokens from logits.
 
-Order and definitions are those of transformers' logits processors: repetition penalty, temperature, top-k, top-p,
-min-p. The draw differs from it: every request has a random stream of its own and takes one uniform number u from it a
-token; the token is the first whose cumulative probability exceeds u. So what a request draws depends on its own seed
-and its own logits, never on who else is in the batch.
+What is done to the logits before (guide, bias, penalties) is in `penalties.py`. Order and definitions of what follows
+are those of transformers' logits processors: temperature, top-k, top-p, min-p. The draw differs from it: every request
+has a random stream of its own, and the uniform number u at place i of it belongs to token i of the answer; the token is
+the first whose cumulative probability exceeds u. So what a request draws depends on its own seed and its own logits,
+never on who else is in the batch, on what was computed twice, or on what was proposed.
 
-Shape legend: R rows (requests that get a token in this step), V vocabulary, C candidates that survived top-k.
+A row may stand for a place further on: after drafts that are yet to be verified. It is drawn as if they stood.
+
+Shape legend: R rows, V vocabulary, C candidates that survived top-k.
 """
 
 from collections.abc import Sequence
@@ -14,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from minim3.inference.penalties import Penalties, apply_guides
 from minim3.inference.request import Request, SamplingParams, TokenLogprobs
 
 FEW_CANDIDATES = 1024
@@ -27,32 +31,19 @@ class Sampled(NamedTuple):
 
 
 class _Stream:
-    """What sampling keeps of one request between steps: its random stream, and the tokens it has seen."""
+    """The random stream of one request."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int, device: torch.device) -> None:
-        self.generator: torch.Generator | None = None
-        if not params.greedy:
-            # On the CPU whatever the device of the model: one seed, one stream, everywhere.
-            self.generator = torch.Generator()
-            seed = params.seed
-            self.generator.manual_seed(int(torch.randint(2**62, ())) if seed is None else seed)
-        self.seen: Tensor | None = None
-        self.num_seen = 0
-        if params.repetition_penalty != 1.0:
-            self.seen = torch.zeros(vocab_size, dtype=torch.bool, device=device)
+    def __init__(self, params: SamplingParams) -> None:
+        # On the CPU whatever the device of the model: one seed, one stream, everywhere.
+        self._generator = torch.Generator()
+        self._generator.manual_seed(int(torch.randint(2**62, ())) if params.seed is None else params.seed)
+        self._drawn: list[float] = []
 
-    def uniform(self) -> float:
-        assert self.generator is not None
-        return float(torch.rand((), dtype=torch.float64, generator=self.generator))
-
-    def see(self, token_ids: Sequence[int]) -> Tensor:
-        """The mask `[V]` of all of `token_ids`, of which those of earlier calls were marked then."""
-        assert self.seen is not None
-        new = [token_id for token_id in token_ids[self.num_seen :] if token_id < self.seen.shape[0]]
-        if new:
-            self.seen[torch.tensor(new, device=self.seen.device)] = True
-        self.num_seen = len(token_ids)
-        return self.seen
+    def uniform(self, place: int) -> float:
+        """The number of token `place` of the answer."""
+        while len(self._drawn) <= place:
+            self._drawn.append(float(torch.rand((), dtype=torch.float64, generator=self._generator)))
+        return self._drawn[place]
 
 
 class Sampler:
@@ -60,36 +51,54 @@ class Sampler:
 
     def __init__(self) -> None:
         self._streams: dict[Request, _Stream] = {}
+        self._penalties = Penalties()
 
     def forget(self, request: Request) -> None:
         """Drop what is kept for a finished request."""
         self._streams.pop(request, None)
+        self._penalties.forget(request)
 
-    def sample(self, logits_RV: Tensor, requests: Sequence[Request]) -> Sampled:
+    def sample(
+        self,
+        logits_RV: Tensor,
+        requests: Sequence[Request],
+        ahead: Sequence[Sequence[int]] | None = None,
+        *,
+        with_logprobs: bool = True,
+    ) -> Sampled:
         """One token for each row of `logits_RV` `[R, V]`, in the order of `requests`.
+
+        ahead: for each row the ids that are taken to follow the known tokens of its request (drafts), none by default.
+        Rows of one request stand together, each with one id more than the row before.
 
         Raises:
             FloatingPointError: the logits of a request hold NaN.
         """
+        ahead = [()] * len(requests) if ahead is None else ahead
         nothing: list[TokenLogprobs | None] = [None] * len(requests)
-        if all(request.params.plain_greedy for request in requests):
+        if all(request.params.plain_greedy and request.guide is None for request in requests):
             values, ids = logits_RV.max(-1)
             _refuse_nan(values, requests)
             return Sampled(ids.tolist(), nothing)
         scores = logits_RV.float()
         _refuse_nan(scores.amax(-1), requests)
-        logprobs = self._logprob_source(scores, requests)
-        scores = self._penalize(scores, requests)
+        logprobs = self._logprob_source(scores, requests) if with_logprobs else None
+        if any(request.guide is not None or request.params.changes_logits for request in requests):
+            scores = scores.clone()
+            apply_guides(scores, requests, ahead)
+            self._penalties.apply(scores, requests, ahead)
         ids = scores.argmax(-1)
+        places = [request.num_output_tokens + len(ids) for request, ids in zip(requests, ahead)]
         for rows, candidates in _groups(requests):
-            ids[rows] = self._draw(scores[rows], [requests[row] for row in rows], candidates)
+            uniform = [self._stream(requests[row]).uniform(places[row]) for row in rows]
+            ids[rows] = _draw(scores[rows], [requests[row].params for row in rows], uniform, candidates)
         token_ids: list[int] = ids.tolist()
         found = nothing if logprobs is None else _read_logprobs(logprobs, token_ids, requests)
         return Sampled(token_ids, found)
 
-    def _stream(self, request: Request, scores: Tensor) -> _Stream:
+    def _stream(self, request: Request) -> _Stream:
         if request not in self._streams:
-            self._streams[request] = _Stream(request.params, scores.shape[-1], scores.device)
+            self._streams[request] = _Stream(request.params)
         return self._streams[request]
 
     @staticmethod
@@ -99,38 +108,25 @@ class Sampler:
             return None
         return scores.log_softmax(-1)
 
-    def _penalize(self, scores: Tensor, requests: Sequence[Request]) -> Tensor:
-        rows = [row for row, request in enumerate(requests) if request.params.repetition_penalty != 1.0]
-        if not rows:
-            return scores
-        chosen = [requests[row] for row in rows]
-        seen = torch.stack([self._stream(request, scores).see(request.token_ids) for request in chosen])
-        penalty = _column([request.params.repetition_penalty for request in chosen], scores)
-        some = scores[rows]
-        penalized = torch.where(some < 0, some * penalty, some / penalty)
-        scores = scores.clone()
-        scores[rows] = torch.where(seen, penalized, some)
-        return scores
 
-    def _draw(self, scores: Tensor, requests: Sequence[Request], candidates: str) -> Tensor:
-        """Token ids `[R]` drawn for rows that are all cut the same way (`_groups`)."""
-        device = scores.device
-        if device.type == "mps":
-            scores = scores.cpu()  # sums below are fp64, which that device lacks
-        scores = scores / _column([request.params.temperature for request in requests], scores)
-        top_p = [request.params.top_p for request in requests]
-        token_ids: Tensor | None = None
-        if candidates == "top_k":
-            scores, token_ids = _top_k(scores, [request.params.top_k for request in requests])
-            scores = _top_p(scores, scores.logsumexp(-1, keepdim=True), top_p)
-        elif candidates == "top_p":
-            log_total = scores.logsumexp(-1, keepdim=True)
-            scores, token_ids = _most_likely(scores, log_total, top_p)
-            scores = _top_p(scores, log_total, top_p)
-        scores = _min_p(scores, [request.params.min_p for request in requests])
-        uniform = torch.tensor([self._stream(request, scores).uniform() for request in requests], dtype=torch.float64)
-        drawn = _invert_cumulative(scores.softmax(-1), uniform.to(scores.device))
-        return (drawn if token_ids is None else token_ids.gather(-1, drawn[:, None]).squeeze(-1)).to(device)
+def _draw(scores: Tensor, params: Sequence[SamplingParams], uniform: Sequence[float], candidates: str) -> Tensor:
+    """Token ids `[R]` drawn for rows that are all cut the same way (`_groups`)."""
+    device = scores.device
+    if device.type == "mps":
+        scores = scores.cpu()  # sums below are fp64, which that device lacks
+    scores = scores / _column([one.temperature for one in params], scores)
+    top_p = [one.top_p for one in params]
+    token_ids: Tensor | None = None
+    if candidates == "top_k":
+        scores, token_ids = _top_k(scores, [one.top_k for one in params])
+        scores = _top_p(scores, scores.logsumexp(-1, keepdim=True), top_p)
+    elif candidates == "top_p":
+        log_total = scores.logsumexp(-1, keepdim=True)
+        scores, token_ids = _most_likely(scores, log_total, top_p)
+        scores = _top_p(scores, log_total, top_p)
+    scores = _min_p(scores, [one.min_p for one in params])
+    drawn = _invert_cumulative(scores.softmax(-1), torch.tensor(uniform, dtype=torch.float64, device=scores.device))
+    return (drawn if token_ids is None else token_ids.gather(-1, drawn[:, None]).squeeze(-1)).to(device)
 
 
 def _groups(requests: Sequence[Request]) -> list[tuple[list[int], str]]:
