@@ -17,6 +17,7 @@ ROWS = (
     ("model",),
     ("loading",),
     ("inference", "parallel"),
+    ("inspection",),
     ("server", "training", "evaluation"),
     ("integrations", "pocket"),
     ("cli",),

@@ -1,0 +1,34 @@
+"""Looking inside an answer: which key blocks each index head selected for every token of it, and which experts ran.
+
+`record` runs one forward pass over a prompt and its answer and returns an `Inspection`; `write_report` turns that into
+one HTML file. The chat page of the server shows the same object with the same script (`static/inspect.js`).
+"""
+
+from minim3.inspection.data import (
+    ExpertLoad,
+    Inspection,
+    LayerInspection,
+    MediaItem,
+    Place,
+    SelectionStatistics,
+    Token,
+    WrittenToken,
+)
+from minim3.inspection.recording import MAX_TOKENS, encode_answer, record
+from minim3.inspection.report import render_report, write_report
+
+__all__ = [
+    "MAX_TOKENS",
+    "ExpertLoad",
+    "Inspection",
+    "LayerInspection",
+    "MediaItem",
+    "Place",
+    "SelectionStatistics",
+    "Token",
+    "WrittenToken",
+    "encode_answer",
+    "record",
+    "render_report",
+    "write_report",
+]
