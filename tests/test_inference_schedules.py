@@ -18,7 +18,7 @@ from minim3.inference.request import Media, Request, SamplingParams
 from tests.tiny_models import IMAGE, PATCH_VALUES, random_ids, vl_model
 
 MODEL = vl_model(num_mtp_modules=2)
-LONGEST_ANSWER = 14
+LONGEST_ANSWER = 20
 CLOSE = 1e-4
 
 
@@ -87,7 +87,7 @@ def propose(engine: Engine, right: dict[Request, list[int]], share: float, rng: 
                     own[i] = right[chunk.request][place + i]
         return drafts
 
-    drafter.draft = improved  # type: ignore[method-assign]
+    drafter.draft = improved  # type: ignore[method-assign, assignment]
 
 
 @dataclass(frozen=True)
@@ -103,25 +103,25 @@ class Arrival:
 prompts = st.builds(
     Prompt,
     start=st.integers(0, 1),
-    length=st.sampled_from([3, 9, 12, 24]),
+    length=st.sampled_from([3, 8, 15]),
     picture=st.sampled_from([None, None, 0, 1]),
-    tail=st.integers(0, 9),
+    tail=st.sampled_from([0, 1, 5]),
 )
 arrivals = st.builds(
     Arrival,
-    step=st.integers(0, 12),
+    step=st.integers(0, 6),
     prompt=prompts,
-    new_tokens=st.integers(1, LONGEST_ANSWER),
+    new_tokens=st.sampled_from([1, 4, 13, LONGEST_ANSWER]),
     n=st.sampled_from([1, 1, 1, 2, 3]),
     priority=st.sampled_from([0, 0, 0, 1, -1]),
     aborted_after=st.sampled_from([None, None, None, 0, 1, 4]),
 )
 schedules: dict[str, Any] = {
-    "arriving": st.lists(arrivals, min_size=1, max_size=6),
+    "arriving": st.lists(arrivals, min_size=2, max_size=7),
     "budget": st.sampled_from([3, 5, 16, 64]),
-    "page_size": st.sampled_from([3, 4, 8]),
-    "starved": st.sampled_from([None, 0, 2, 6]),
-    "max_running": st.sampled_from([1, 3, 16]),
+    "page_size": st.sampled_from([2, 3, 4, 8]),
+    "starved": st.sampled_from([None, 0, 1, 3, 6]),
+    "max_running": st.sampled_from([2, 4, 16, 16]),
     "prefix_caching": st.sampled_from([True, True, False]),
     "num_speculative_tokens": st.sampled_from([0, 0, 1, 2, 4]),
     "share_right": st.sampled_from([0.0, 0.5, 1.0]),
