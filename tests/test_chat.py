@@ -376,3 +376,14 @@ def test_what_templates_may_use(tokenizer_json: str) -> None:
         rendered(tokenizer, "{{ ''.__class__.__mro__[1].__subclasses__() }}", messages)
     with pytest.raises(ValueError, match="not valid"):
         ChatTemplate("{% if %}")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"a":' * 900 + "1" + "}" * 900, "[" * 100_000, '{"a": ' + "1" * 5000 + "}", '{"a": NaN}', '{"a": 1e999}'],
+)
+def test_tool_arguments_of_strangers_are_errors_not_crashes(arguments: str) -> None:
+    """A RecursionError is no ValueError: it would be the server's fault, not the request's."""
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    with pytest.raises(ValueError, match=r"arguments|not a JSON number"):
+        normalize_messages([{"role": "assistant", "tool_calls": [call]}])

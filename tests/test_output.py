@@ -1,6 +1,7 @@
 """Ids to text, reasoning and tool calls: cut anywhere, the stream gives what the whole gives."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -403,3 +404,21 @@ def test_what_is_rendered_is_parsed_back(tokenizer: Tokenizer, arguments: dict[s
     assert (parsed.reasoning, parsed.content) == (thought, f"see {CALL}")
     assert parsed.tool_calls[0].arguments == arguments
     assert parsed.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"type": 5, "anyOf": 7, "enum": "x", "properties": {"a": {"type": [{}, 3], "oneOf": {}, "enum": 1}}},
+        {"properties": {"a": {"anyOf": [{"$ref": "#/properties/a"}] * 3000}}},
+        {"properties": {"a": {"$ref": "#/properties/b"}, "b": {"$ref": "#/properties/a"}}},
+    ],
+)
+def test_schemas_of_strangers_neither_fail_nor_take_long(tokenizer: Tokenizer, parameters: dict[str, Any]) -> None:
+    """A malformed schema raised TypeError in the middle of an answer; branches that refer to themselves multiplied."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    text = f'{NS}<tool_call>{NS}<invoke name="f">{NS}<a>1{NS}</a>{NS}</invoke>'
+    start = time.process_time()
+    parsed = parse_output(tokenizer.encode(text, allow_special=True), tokenizer, "disabled", tools)
+    assert parsed.tool_calls[0].arguments == {"a": "1"}
+    assert time.process_time() - start < 0.5

@@ -13,6 +13,7 @@ from typing import Any
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT, IMAGE, VIDEO = "text", "image", "video"
 _PART_TYPES = "text, image, image_url, video, video_url"
+MAX_ARGUMENT_DEPTH = 64  # as deep as answers are read (output.py)
 # Argument names become element names and function names an attribute: these characters would end them early.
 _TAG_DELIMITERS = frozenset('<>"\n\r')
 
@@ -142,7 +143,7 @@ def _normalize_tool_call(call: Any, where: str) -> ToolCall:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where} ({name}): arguments are not valid JSON: {error}") from error
     if arguments is None:
         arguments = {}
@@ -155,15 +156,17 @@ def _normalize_tool_call(call: Any, where: str) -> ToolCall:
     return ToolCall(name, dict(arguments), identifier)
 
 
-def _check_argument(value: Any, where: str) -> None:
+def _check_argument(value: Any, where: str, levels_left: int = MAX_ARGUMENT_DEPTH) -> None:
+    if levels_left == 0:
+        raise ValueError(f"{where}: arguments are nested deeper than {MAX_ARGUMENT_DEPTH} levels")
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str) or not key or "/" in (key[0], key[-1]) or _TAG_DELIMITERS & set(key):
                 raise ValueError(f"{where}: argument name {key!r} cannot be written as an element")
-            _check_argument(item, f"{where}.{key}")
+            _check_argument(item, f"{where}.{key}", levels_left - 1)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _check_argument(item, where)
+            _check_argument(item, where, levels_left - 1)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where}: {value} is not a JSON number")
     elif value is not None and not isinstance(value, (str, int, float)):

@@ -16,6 +16,7 @@ from minim3.processing.image import MiniMaxM3VLImageProcessor, flatten_pictures
 from minim3.processing.media import channel_axis
 from minim3.processing.messages import Message
 from minim3.processing.video import MiniMaxM3VLVideoProcessor, split_videos
+from minim3.processing.video_file import SampledClip
 
 IMAGE_TOKEN = "]<]image[>["
 VIDEO_TOKEN = "]<]video[>["
@@ -110,6 +111,8 @@ def _is_sized(clip: Any, factor: int) -> bool:
     """Whether all frames are in memory with sides that are multiples of `factor` (files and paths: False)."""
     if isinstance(clip, (str, Path, bytes)):
         return False
+    if isinstance(clip, SampledClip):
+        clip = clip.frames
     return all(_has_legal_size(frame, factor) for frame in clip)
 
 

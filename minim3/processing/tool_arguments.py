@@ -36,23 +36,26 @@ class Schema:
 
     def __init__(self, node: Any, root: Mapping[str, Any]) -> None:
         self._root = root
-        self._options = self._alternatives(node, _MAX_REFERENCES)
+        self._options = self._alternatives(node, _MAX_REFERENCES, set())
 
-    def _alternatives(self, node: Any, references_left: int) -> list[Mapping[str, Any]]:
-        """The node and everything it may stand for: targets of `$ref`, branches of anyOf, oneOf and allOf."""
-        if not isinstance(node, Mapping) or references_left == 0:
+    def _alternatives(self, node: Any, references_left: int, seen: set[int]) -> list[Mapping[str, Any]]:
+        """The node and everything it may stand for: targets of `$ref`, branches of anyOf, oneOf and allOf.
+
+        Each node once (`seen`): branches that refer to what holds them would multiply at every level.
+        """
+        if not isinstance(node, Mapping) or references_left == 0 or id(node) in seen:
             return []
+        seen.add(id(node))
         found = [node]
         reference = node.get("$ref")
         if isinstance(reference, str) and reference.startswith("#"):
             target: Any = self._root
             for key in reference[1:].split("/")[1:]:
                 target = target.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(target, Mapping) else None
-            found += self._alternatives(target, references_left - 1)
+            found += self._alternatives(target, references_left - 1, seen)
         for key in ("anyOf", "oneOf", "allOf"):
-            for branch in node.get(key) or ():
-                # A few levels only: a schema that refers to itself in a branch would double at each.
-                found += self._alternatives(branch, min(references_left - 1, 4))
+            for branch in _list(node.get(key)):
+                found += self._alternatives(branch, min(references_left - 1, 4), seen)
         return found
 
     def types(self) -> set[str]:
@@ -60,13 +63,13 @@ class Schema:
         types: set[str] = set()
         for option in self._options:
             declared = option.get("type")
-            types.update([declared] if isinstance(declared, str) else declared or ())
+            types.update(one for one in (_list(declared) or [declared]) if isinstance(one, str))
         return types
 
     def constants(self) -> list[Any]:
         values: list[Any] = []
         for option in self._options:
-            values += option.get("enum") or ()
+            values += _list(option.get("enum"))
             values += [option["const"]] if "const" in option else []
         return values
 
@@ -81,6 +84,11 @@ class Schema:
                 if isinstance(option.get(key), Mapping):
                     return Schema(option[key], self._root)
         return Schema(None, self._root)
+
+
+def _list(value: Any) -> Sequence[Any]:
+    """A list of a schema; nothing where a stranger wrote something else in its place."""
+    return value if isinstance(value, (list, tuple)) else ()
 
 
 class Element:

@@ -16,7 +16,7 @@ import torch
 
 from minim3.processing.media import PICTURE_SUFFIXES, channel_axis, describe_source
 from minim3.processing.patches import PatchProcessor, check_count, patchify, resize_bicubic, to_return_type
-from minim3.processing.video_file import read_video_file
+from minim3.processing.video_file import SampledClip, read_video_file
 
 FrameTransform = Callable[[torch.Tensor], torch.Tensor]
 
@@ -62,10 +62,11 @@ class MiniMaxM3VLVideoProcessor(PatchProcessor):
     int64 [clips].
 
     Called with one clip or a list of them. A clip is a list of frames (anything `load_picture` reads), an array or
-    tensor [T, H, W, 3] or [T, 3, H, W], a video file (path, data URL, bytes; needs PyAV), or a folder of pictures in
-    the order of their names. Files are always sampled (`fps`, `min_frames`, `max_frames`); frames are taken as they are
-    unless `do_sample_frames` is set, which needs the source's fps. The last frame is repeated to fill the last temporal
-    patch; chunks hold at most `vision_segment_max_frames` temporal patches (None: each clip is one chunk).
+    tensor [T, H, W, 3] or [T, 3, H, W], a video file (path, data URL, bytes; needs PyAV), what `read_video_file` made
+    of one, or a folder of pictures in the order of their names. Files are always sampled (`fps`, `min_frames`,
+    `max_frames`); frames are taken as they are unless `do_sample_frames` is set, which needs the source's fps. The last
+    frame is repeated to fill the last temporal patch; chunks hold at most `vision_segment_max_frames` temporal patches
+    (None: each clip is one chunk).
     """
 
     max_pixels: int = 768 * 28 * 28
@@ -173,6 +174,11 @@ class MiniMaxM3VLVideoProcessor(PatchProcessor):
         self, clip: Any, known: VideoMetadata | Mapping[str, Any] | None = None
     ) -> tuple[list[torch.Tensor], VideoMetadata]:
         """A clip in any accepted form -> sampled uint8 frames [3, h, w], sized for the model, and their metadata."""
+        if isinstance(clip, SampledClip):
+            if known is not None:
+                raise ValueError("the clip was read from a file: its times are its own, leave video_metadata out")
+            known = VideoMetadata(clip.total_num_frames, clip.frames_indices, clip.fps)
+            return self.with_settings(do_sample_frames=False)._load_frames(clip.frames, known)
         if isinstance(clip, str | Path | bytes):
             if not isinstance(clip, bytes) and self.allow_files and _is_folder(clip):
                 return self._load_frames(_folder_frames(Path(clip)), known)
@@ -271,14 +277,14 @@ def _is_frame(item: Any) -> bool:
     """A PIL picture or an array of up to three axes: a frame when it stands where a clip could."""
     if isinstance(item, np.ndarray | torch.Tensor):
         return item.ndim <= 3
-    return not isinstance(item, str | Path | bytes | list | tuple)
+    return not isinstance(item, str | Path | bytes | list | tuple | SampledClip)
 
 
 def split_videos(videos: Any) -> list[Any]:
     """One clip or several -> a list of clips. A list whose first entry is a PIL picture or a [H, W, C] array is one
     clip; a list of strings is a list of files (frames by path: a list in a list). ValueError if there is none.
     """
-    if isinstance(videos, str | Path | bytes):
+    if isinstance(videos, str | Path | bytes | SampledClip):
         return [videos]
     if isinstance(videos, np.ndarray | torch.Tensor):
         if videos.ndim not in (4, 5):
