@@ -320,6 +320,58 @@ def serve(
         raise typer.Exit(code)
 
 
+@app.command("inspect")
+def inspect_answer(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[MODEL] [PROMPT]",
+            help="Checkpoint folder or hub id (default: pocket), and what to ask; - reads it from stdin.",
+        ),
+    ] = None,
+    image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Picture (repeatable).")] = None,
+    video: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Video (repeatable).")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Report to write: FILE.html, or FILE.json.")
+    ] = Path("inspect.html"),
+    layers: Annotated[
+        str | None, typer.Option(metavar="N,N-N", help="Layers to show in detail, e.g. 0,4,10-19; default: all.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, metavar="N", help="Most tokens of prompt and answer.")] = 4096,
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="PATH|HUB", help="The same as MODEL.")] = None,
+    adapter: Adapter = None,
+    system: System = None,
+    thinking: ThinkingOption = Thinking.adaptive,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    greedy: Greedy = False,
+    device: Device = "auto",
+    dtype: DtypeOption = Dtype.auto,
+    quantization: QuantizationOption = None,
+    threads: Threads = None,
+    seed: Seed = None,
+    version: Version = False,
+) -> None:
+    """Answer one prompt, and report which blocks were selected and which experts ran (docs/inspect.md)."""
+    from minim3.cli.inspect import parse_layers, run_inspect
+    from minim3.cli.session import LoadOptions, SamplingOptions
+
+    given = words or []
+    if len(given) > (1 if model is not None else 2):
+        raise ValueError(f"{len(given)} arguments were given: pass [MODEL] PROMPT, the prompt in quotes")
+    source = given[0] if len(given) == 2 else model
+    run_inspect(
+        given[-1] if given else None, image or [], video or [],
+        LoadOptions(source, device, dtype.value, threads, quantization, adapter),
+        SamplingOptions(
+            max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, greedy=greedy, seed=seed
+        ),
+        output, system=system, thinking=thinking.value, layers=parse_layers(layers), max_tokens=max_tokens,
+    )  # fmt: skip
+
+
 @app.command("eval")
 def evaluate(
     words: Annotated[

@@ -24,7 +24,7 @@ def run_generate(
     """Answers on stdout; reasoning, where there is a terminal to dim it on, on stderr."""
     if raw and (system is not None or thinking != "adaptive"):
         raise ValueError("--raw continues the prompt as it stands: it takes neither --system nor --thinking")
-    text = _read_prompt(prompt)
+    text = read_prompt(prompt)
     session = Session(options, sampling)
     if raw:
         answer = session.complete(text, images, videos)
@@ -77,7 +77,8 @@ def describe_answer(answer: Answer, session: Session) -> dict[str, Any]:
     }
 
 
-def _read_prompt(prompt: str | None) -> str:
+def read_prompt(prompt: str | None) -> str:
+    """The prompt given, or what stdin holds. ValueError where there is neither."""
     if prompt is not None and prompt != "-":
         return prompt
     if prompt is None and sys.stdin.isatty():

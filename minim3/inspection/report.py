@@ -5,6 +5,8 @@ import hashlib
 import html
 import json
 import os
+import re
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -41,10 +43,7 @@ def render_report(inspection: Inspection, title: str = "") -> str:
         "js": js,
         "data": script_json(inspection.to_dict()),
     }
-    page = static_text("report.html")
-    # Cut at the places first: a value may hold what looks like another place.
-    pieces = page.replace("{{", "\0{{").replace("}}", "}}\0").split("\0")
-    return "".join(parts[piece[2:-2]] if piece.startswith("{{") else piece for piece in pieces)
+    return fill_places(static_text("report.html"), parts)
 
 
 def write_report(inspection: Inspection, path: str | Path, title: str = "") -> Path:
@@ -64,6 +63,11 @@ def write_report(inspection: Inspection, path: str | Path, title: str = "") -> P
     partial.write_text(text, encoding="utf-8")
     partial.replace(target)
     return target
+
+
+def fill_places(page: str, parts: Mapping[str, str]) -> str:
+    """`page` with each `{{name}}` replaced by its part, which is not searched for further places."""
+    return re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], page)
 
 
 def content_hash(text: str) -> str:
