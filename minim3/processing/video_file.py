@@ -6,6 +6,7 @@ there were packets (edit lists, hidden frames), the choice is made again from th
 exact.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,22 +47,29 @@ def read_video_file(
     max_frame_pixels: int = MAX_PICTURE_PIXELS,
     max_source_frames: int = MAX_SOURCE_FRAMES,
     allow_files: bool = True,
+    deadline: float | None = None,
 ) -> SampledClip:
     """Decodes the frames that `choose(total_num_frames, fps)` names (ascending) and keeps `transform(frame)` of each.
 
-    A frame is uint8 RGB [3, H, W], upright (the rotation that phones write is applied). Raises ValueError naming the
-    source: not a video, truncated, without frames or frame rate, over a limit (pixels are checked before decoding);
-    ValueError with the install command when PyAV is missing.
+    A frame is uint8 RGB [3, H, W], upright (the rotation that phones write is applied). `deadline`: the
+    `time.monotonic()` at which to give up. Raises ValueError naming the source: not a video, truncated, without frames
+    or frame rate, over a limit (pixels are checked before decoding), too slow; ValueError with the install command when
+    PyAV is missing.
     """
     av = _import_av()
     name = describe_source(source)
+
+    def check_time() -> None:
+        if deadline is not None and time.monotonic() > deadline:
+            raise ValueError(f"video {name} takes too long to decode; cut it or make it smaller")
+
     with open_source(source, kind="video", allow_files=allow_files) as file:
         try:
-            total, fps = _count_frames(av, file, name, max_frame_pixels, max_source_frames)
+            total, fps = _count_frames(av, file, name, max_frame_pixels, max_source_frames, check_time)
             for _ in range(2):  # again only where the decoder gives another number of frames than there were packets
                 indices = tuple(choose(total, fps))
                 frames, decoded = _decode(
-                    av, file, name, frozenset(indices), transform, max_frame_pixels, max_source_frames
+                    av, file, name, frozenset(indices), transform, max_frame_pixels, max_source_frames, check_time
                 )
                 if decoded == total:
                     return SampledClip(frames, indices, total, fps)
@@ -117,7 +125,12 @@ def _check_pixels(height: int, width: int, max_frame_pixels: int, name: str) -> 
 
 
 def _count_frames(
-    av: ModuleType, file: BinaryIO, name: str, max_frame_pixels: int, max_source_frames: int
+    av: ModuleType,
+    file: BinaryIO,
+    name: str,
+    max_frame_pixels: int,
+    max_source_frames: int,
+    check_time: Callable[[], None],
 ) -> tuple[int, float]:
     """Video packets in the file and frames a second; ValueError where the file ends before its header says."""
     with _open_stream(av, file, name, max_frame_pixels) as (container, stream):
@@ -125,6 +138,7 @@ def _count_frames(
         first: float | None = None
         last = 0.0
         for packet in container.demux():
+            check_time()
             if packet.size == 0:  # the empty packet that flushes a decoder at the end
                 continue
             if packet.is_corrupt and packet.stream is stream:
@@ -169,12 +183,14 @@ def _decode(
     transform: Callable[[torch.Tensor], torch.Tensor],
     max_frame_pixels: int,
     max_source_frames: int,
+    check_time: Callable[[], None],
 ) -> tuple[list[torch.Tensor], int]:
     """The wanted frames, transformed, and the number of all frames."""
     frames: list[torch.Tensor] = []
     decoded = 0
     with _open_stream(av, file, name, max_frame_pixels) as (container, stream):
         for frame in container.decode(stream):
+            check_time()
             if decoded in wanted:
                 _check_pixels(frame.height, frame.width, max_frame_pixels, name)
                 try:

@@ -138,15 +138,19 @@ async def chat_prompt(
     Raises:
         BadRequest: whatever is wrong with the messages, their media or their length.
     """
-    from minim3.server.media import load_media
-
     settings = state.settings
     if len(messages) > settings.max_messages:
         raise BadRequest(
             f"{len(messages)} messages are more than the limit of {settings.max_messages}", param="messages"
         )
     check_text_length(state, sum(_num_characters(message) for message in messages), "messages")
-    loaded = await load_media(messages, settings)
+    loaded = messages
+    if any(map(_may_hold_media, messages)):
+        from minim3.server.media import load_media
+
+        loaded = await load_media(
+            messages, settings, processor=state.processor, workers=state.workers, max_tokens=max_prompt_tokens(state)
+        )
 
     def encode() -> Prompt:
         try:
@@ -204,6 +208,15 @@ def check_text_length(state: ServerState, num_characters: int, param: str) -> No
             param=param,
             code="context_length_exceeded",
         )
+
+
+def _may_hold_media(message: Mapping[str, Any]) -> bool:
+    """Whether a message has a part that is not plain text: files of this machine must never be read for a client."""
+    content = message.get("content")
+    return not isinstance(content, str | None) and not (
+        isinstance(content, list)
+        and all(isinstance(part, str) or (isinstance(part, Mapping) and part.get("type") == "text") for part in content)
+    )
 
 
 def _num_characters(value: Any) -> int:
