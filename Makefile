@@ -31,6 +31,10 @@ $(VENV)/.test: $(VENV)/.core
 	$(PIP) install -c constraints.txt --no-deps nemo-automodel
 	@touch $@
 
+$(VENV)/.all: $(VENV)/.test
+	$(PIP) install -c constraints.txt -e ".[cluster]"
+	@touch $@
+
 install: $(VENV)/.test
 
 demo: $(VENV)/.core
@@ -43,7 +47,7 @@ lint: $(VENV)/.test
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow" tests
 
-test-all: lint
+test-all: lint $(VENV)/.all
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests
 
 bench: $(VENV)/.test
