@@ -41,7 +41,8 @@ def describe(error: Exception) -> tuple[int, str]:
     """The exit code and the one line for an exception."""
     if isinstance(error, _UsageError):
         message = error.format_message().replace("Value error, ", "").rstrip(".")
-        return BAD_INPUT, f"{_one_line(message)} (see minim3 --help)"
+        command = getattr(getattr(error, "ctx", None), "command_path", None) or "minim3"
+        return BAD_INPUT, f"{_one_line(message)} (see {command} --help)"
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return BAD_INPUT, f"out of memory: {_one_line(str(error)) or 'the system has no more'}"
     if isinstance(error, ModuleNotFoundError) and error.name in ("av", "yaml"):
