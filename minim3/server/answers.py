@@ -140,10 +140,11 @@ class ChatReader:
     @property
     def result(self) -> ParsedOutput:
         parsed = self._parser.result(self._reason)
-        calls = parsed.tool_calls
-        if self._ending.max_calls is not None:
-            calls = calls[: self._ending.max_calls]
-        return replace(parsed, content="".join(self._content), tool_calls=calls)
+        most, calls, reason = self._ending.max_calls, parsed.tool_calls, parsed.finish_reason
+        if most is not None and len(calls) > most:  # the one too many was cut off as it began
+            calls = calls[:most]
+            reason = "tool_calls" if all(call.complete for call in calls) else reason
+        return replace(parsed, content="".join(self._content), tool_calls=calls, finish_reason=reason)
 
     def _update(self, delta: OutputDelta, last: bool = False) -> Update:
         most = self._ending.max_calls

@@ -86,6 +86,7 @@ def make_engine(settings: ServerSettings, model: Any) -> Engine:
         max_tokens_per_step=settings.max_tokens_per_step,
         max_running=settings.max_running,
         num_pages=settings.num_pages,
+        num_speculative_tokens=settings.speculative_tokens,
     )
 
 

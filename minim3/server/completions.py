@@ -23,6 +23,7 @@ from minim3.server.schema import CompletionRequest
 from minim3.server.state import ServerState
 
 DEFAULT_NEW_TOKENS = 16  # OpenAI's
+_PROMPT_FORMS = "prompt must be a text or a list of token ids (0 and up), or a list of those"
 
 
 def router(state: ServerState) -> APIRouter:
@@ -52,15 +53,26 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-def _split(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str | list[int]]:
-    """The prompts of a request."""
+def _split(prompt: Any) -> list[str | list[int]]:
+    """The prompts of a request. BadRequest where it is neither text nor ids."""
     if isinstance(prompt, str):
         return [prompt]
-    if not prompt:
+    if prompt == []:
         raise BadRequest("prompt is empty", param="prompt")
-    if isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]
-    return list(prompt)  # type: ignore[arg-type]
+    prompts_given = [prompt] if isinstance(prompt, list) and _is_id(prompt[0]) else prompt
+    if not isinstance(prompts_given, list):
+        raise BadRequest(f"{_PROMPT_FORMS}, not {type(prompt).__name__}", param="prompt")
+    for one in prompts_given:
+        wrong = next((i for i in one if not _is_id(i) or i < 0), None) if isinstance(one, list) else None
+        if wrong is not None:
+            raise BadRequest(f"{_PROMPT_FORMS}; {str(wrong)[:100]} is no id", param="prompt")
+        if not isinstance(one, list | str):
+            raise BadRequest(f"{_PROMPT_FORMS}; {str(one)[:100]} is neither", param="prompt")
+    return prompts_given
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 class CompletionAnswer:

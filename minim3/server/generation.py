@@ -153,14 +153,14 @@ class Call:
                     if reader.index in self._guides:
                         import_module("minim3.server.structured").check_guide(self._guides[reader.index])
                     last = reader.finish(event.finish_reason or "stop")
-                    cached = getattr(event.request, "num_cached_tokens", 0)
+                    cached = event.request.num_cached_tokens or 0
                     self._state.metrics.answered(last.finish_reason or "stop", cached)
                     yield last
 
     @property
     def usage(self) -> Usage:
         readers = [reader for group in self._readers for reader in group]
-        cached = [max((getattr(r, "num_cached_tokens", 0) for r in s.requests), default=0) for s in self._submissions]
+        cached = [max((r.num_cached_tokens or 0 for r in s.requests), default=0) for s in self._submissions]
         return Usage(
             sum(len(prompt.ids) for prompt in self._prompts),
             sum(reader.num_tokens for reader in readers),
@@ -181,6 +181,15 @@ class Call:
         self._state.metrics.generation_ended(time.monotonic() - self._started)
         usage = self.usage
         logs.note(prompt_tokens=usage.prompt, cached_tokens=usage.cached, completion_tokens=usage.completion)
+        if self._state.settings.log_prompts:
+            decode = self._state.processor.tokenizer.decode
+            results = [reader.result for group in self._readers for reader in group]
+            logs.note(
+                prompt="\n".join(decode(prompt.ids) for prompt in self._prompts),
+                reasoning=[result.reasoning for result in results],
+                answers=[result.content for result in results],
+                tool_calls=[[[call.name, call.arguments] for call in result.tool_calls] for result in results],
+            )
 
 
 class EventStream(StreamingResponse):

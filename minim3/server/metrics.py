@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from starlette.types import Scope
 
 if TYPE_CHECKING:
@@ -101,14 +101,22 @@ class _EngineCollector:
 
     def collect(self) -> Iterator[Metric]:
         engine = self._driver.engine
-        pool = getattr(engine.cache, "pool", engine.cache)
+        pool, stats = engine.cache.pool, engine.stats
         gauges = {
             "minim3_requests_active": ("Requests being prepared, waiting or running.", self._driver.num_active),
             "minim3_requests_waiting": ("Requests waiting in the engine's queue.", len(engine.scheduler.waiting)),
             "minim3_requests_running": ("Requests running in the engine.", len(engine.scheduler.running)),
             "minim3_pages_total": ("Pages of the cache.", pool.num_pages),
-            "minim3_pages_free": ("Pages of the cache that nothing holds.", pool.num_free_pages),
+            "minim3_pages_free": ("Pages that a new request could take.", pool.num_free_pages),
+            "minim3_pages_cached": ("Free pages that still hold a known prefix.", pool.num_cached_pages),
             "minim3_ready": ("1 while new requests are taken.", int(self._driver.ready)),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value)
+        counters = {
+            "minim3_engine_steps": ("Steps of the engine.", stats.num_steps),
+            "minim3_drafted_tokens": ("Tokens that MTP modules proposed.", stats.num_drafted_tokens),
+            "minim3_accepted_tokens": ("Proposed tokens that stood.", stats.num_accepted_tokens),
+        }
+        for name, (text, value) in counters.items():
+            yield CounterMetricFamily(name, text, value)

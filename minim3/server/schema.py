@@ -7,7 +7,7 @@ known, and without effect (`NO_EFFECT`).
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from minim3.server.errors import BadRequest
 from minim3.server.settings import ServerSettings
@@ -28,6 +28,9 @@ _REPLACED = {
 }
 
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+_PROMPT = {"anyOf": [{"type": "string"}, _TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]}
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 
 
@@ -126,7 +129,7 @@ class ChatRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """The body of /v1/completions."""
 
-    prompt: str | list[str] | TokenIds | list[TokenIds] = Field(description="Text or token ids, one or several.")
+    prompt: Annotated[Any, WithJsonSchema(_PROMPT)] = Field(description="Text or token ids, one or several.")
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
         None, description="Most tokens of an answer (16); 0 only with echo."
     )
