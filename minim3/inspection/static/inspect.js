@@ -179,7 +179,7 @@ const minim3Inspect = (() => {
       this.heads.replaceChildren(
         ...(heads < 2
           ? []
-          : this.segments("Index head", "head", options, this.head, (value) => {
+          : this.segments("Head", "head", options, this.head, (value) => {
               this.head = value;
               this.update();
             })),
