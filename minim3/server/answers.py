@@ -47,6 +47,8 @@ class Ending:
     stop_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
     max_calls: int | None = None
+    ignored_ids: frozenset[int] = frozenset()
+    """Ids that would end the text of a chat answer, of a request that asked to go on after them."""
 
 
 class Reader(Protocol):
@@ -126,6 +128,8 @@ class ChatReader:
         self.num_reasoning_tokens += region == "reasoning"
         if event.token_id in self._ending.stop_token_ids:
             self.stopped = True
+            return Update(self.index, OutputDelta())
+        if event.token_id in self._ending.ignored_ids:
             return Update(self.index, OutputDelta())
         if region == "content":
             self._entries.append(TokenEntry(event.token_id, event.logprobs))

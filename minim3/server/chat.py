@@ -79,7 +79,7 @@ class ChatAnswer:
         )  # fmt: skip
         ending = Ending(
             stops, bool(body.include_stop_str_in_output), frozenset(body.stop_token_ids or ()),
-            params.min_new_tokens, None if use.parallel else 1,
+            params.min_new_tokens, None if use.parallel else 1, prompts.ignored_ids(state, body),
         )  # fmt: skip
         self._readers = [
             ChatReader(index, state.processor.tokenizer, mode, use.tools, ending, make_call_id)

@@ -8,6 +8,7 @@ from typing import Any
 
 from minim3.inference.request import SamplingParams
 from minim3.processing.messages import normalize_tools
+from minim3.processing.tokenizer import END_OF_TURN
 from minim3.server.errors import BadRequest, NotFound
 from minim3.server.schema import SamplingFields
 from minim3.server.settings import THINKING_MODES, ServerSettings
@@ -294,6 +295,15 @@ def sampling_params(
         )
     except ValueError as error:
         raise BadRequest(str(error)) from None
+
+
+def ignored_ids(state: ServerState, body: SamplingFields) -> frozenset[int]:
+    """The ids that end a turn, where the request asks to go on after them."""
+    if not body.ignore_eos:
+        return frozenset()
+    tokenizer = state.processor.tokenizer
+    ids = {*state.eos_token_ids, *tokenizer.eos_token_ids, tokenizer.added_tokens.get(END_OF_TURN)}
+    return frozenset(token_id for token_id in ids if token_id is not None)
 
 
 def _logit_bias(given: Mapping[str, float] | None, vocab_size: int) -> dict[int, float]:

@@ -84,7 +84,7 @@ class ResponseAnswer:
         )  # fmt: skip
         ending = Ending(
             stops, bool(body.include_stop_str_in_output), frozenset(body.stop_token_ids or ()),
-            params.min_new_tokens, None if use.parallel else 1,
+            params.min_new_tokens, None if use.parallel else 1, prompts.ignored_ids(state, body),
         )  # fmt: skip
         self._reader = ChatReader(0, state.processor.tokenizer, mode, use.tools, ending, make_call_id)
         await self._call.submit(prompt, params, [self._reader], guides=guides, priority=body.priority or 0)
