@@ -86,6 +86,14 @@ class PagedCache:
     def num_pages(self) -> int:
         return self.pool.num_pages
 
+    def extend(self, request: Request, num_tokens: int) -> None:
+        """Give `request` the pages that its first `num_tokens` tokens need (`PagePool.extend`)."""
+        self.pool.extend(request, num_tokens)
+
+    def free(self, request: Request) -> None:
+        """Take back all pages of `request` (`PagePool.free`)."""
+        self.pool.free(request)
+
     def trim(self, request: Request, num_tokens: int) -> None:
         """Forget all but the first `num_tokens` tokens of `request`: K, V and index keys together."""
         copied = self.pool.trim(request, num_tokens)

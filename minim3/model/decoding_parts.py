@@ -19,6 +19,9 @@ from minim3.model.moe import MiniMaxM3Experts, MiniMaxM3MoE
 from minim3.model.quantized import QuantizedExperts
 from minim3.model.weight_formats import BareProduct
 
+VECTOR_TOKENS = 4
+"""Up to this many tokens each goes through its own experts, by products with vectors."""
+
 
 class InverseRoot:
     """`1 / sqrt(sum x^2 + eps)` over the last dimension of `[..., dim]`, into a buffer.
@@ -165,6 +168,9 @@ class DecodingMoE:
                 self.shared.add_to(normed, x, space)
             return
         torch.mm(normed.all, self.turned, out=logits.all)
+        if self.plain and space.tokens <= VECTOR_TOKENS:
+            self._add_few(list(map(self._choose, logits.all.tolist())), normed, x, space)
+            return
         expert_ids, weights = self.moe.route(logits.all)
         if self.plain and expert_ids.numel() <= FEW_ROWS:
             experts = self.moe.experts
@@ -188,6 +194,29 @@ class DecodingMoE:
             assert self.shared is not None
             torch.addmv(x, self.shared.down.weight, rows.out[-1], alpha=1.0 / rows.act.alpha, out=x)
 
+    def _add_few(self, chosen: list[list[tuple[int, float]]], normed: Rows, x: Rows, space: Space) -> None:
+        """As `_add_plain`, for the choices of each of a few tokens: experts token by token, the shared one of all."""
+        rows: _ExpertRows = space.once(
+            ("experts of few", self.width, len(chosen[0]), self.joined), lambda: self._expert_rows(space.tokens)
+        )
+        gate_up, out = iter(rows.gate_up), iter(rows.out)
+        for token, picks in zip(normed.all.unbind(), chosen):
+            for expert, _ in picks:
+                torch.mv(self.w13[expert], token, out=next(gate_up))
+        if self.joined:
+            assert self.shared is not None
+            torch.mm(normed.all, self.shared.gate_up.turned, out=rows.act.gate_up[-space.tokens :])
+        rows.act()
+        for total, picks in zip(x.all.unbind(), chosen):
+            for expert, weight in picks:
+                torch.addmv(total, self.w2[expert], next(out), alpha=weight, out=total)
+        if self.joined:
+            assert self.shared is not None
+            alpha = 1.0 / rows.act.alpha
+            torch.addmm(x.all, rows.act.out[-space.tokens :], self.shared.down.turned, alpha=alpha, out=x.all)
+        elif self.shared is not None:
+            self.shared.add_to(normed, x, space)
+
     def _add_short(self, chosen: list[tuple[int, float]], rows: "_ExpertRows", short: Tensor, x: Tensor) -> None:
         """`short` bf16 `[1, H]`."""
         assert self.short is not None
@@ -207,17 +236,21 @@ class DecodingMoE:
         outputs = torch.cat([product(row) for product, row in zip(w2, weighted)])
         x.add_(torch.sum(outputs, 0, keepdim=True, dtype=torch.float32))
 
-    def _expert_rows(self) -> "_ExpertRows":
-        rows = self.moe.num_experts_per_tok + self.joined
+    def _expert_rows(self, tokens: int = 1) -> "_ExpertRows":
+        rows = tokens * (self.moe.num_experts_per_tok + self.joined)
         act = Activation(self.moe.experts, rows, self.width)
         return _ExpertRows(act, act.gate_up.unbind(), act.out.unbind())
 
     def _route_one(self, normed: Tensor, logits: Rows) -> list[tuple[int, float]]:
-        """`MiniMaxM3MoE.route` of one token: the chosen experts, and their weights over alpha (see `Activation`)."""
-        moe = self.moe
         torch.mv(self.gate, normed, out=logits.row)
-        # A few numbers are sooner sorted here than by three operators.
-        values: list[float] = logits.row.tolist()
+        return self._choose(logits.row.tolist())
+
+    def _choose(self, values: list[float]) -> list[tuple[int, float]]:
+        """`MiniMaxM3MoE.route` of one token: the chosen experts, and their weights over alpha (see `Activation`).
+
+        A few numbers are sooner sorted here than by three operators.
+        """
+        moe = self.moe
         if moe.scoring_func == "sigmoid":
             scores = [1.0 / (1.0 + exp(-value)) if value > -700.0 else 0.0 for value in values]
         else:
@@ -232,7 +265,7 @@ class DecodingMoE:
 
 
 class _ExpertRows(NamedTuple):
-    """The activation of all experts of a token, and its rows."""
+    """The activation of all experts of a token or a few, and its rows."""
 
     act: Activation
     gate_up: tuple[Tensor, ...]
