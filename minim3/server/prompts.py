@@ -1,6 +1,7 @@
 """From a checked request to what the engine takes: token ids and media, sampling parameters, guides."""
 
 import asyncio
+import re
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ _RESERVED = frozenset(
      "images", "videos", "video_metadata", "self", "bos_token", "eos_token", "pad_token", "unk_token",
      "raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler", "joiner"}
 )  # fmt: skip
+_WORD = re.compile(r"[A-Za-z0-9._-]{0,64}")
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,14 @@ def thinking_mode(
     for name, value in variables.items():
         if not name.isidentifier() or name.startswith("_") or name in _RESERVED:
             raise BadRequest(f"{name[:100]!r} cannot be set by a request", param="chat_template_kwargs")
-        if not isinstance(value, str | int | float | bool | None):
-            raise BadRequest(f"{name[:100]} must be a text, a number or a bool", param=f"chat_template_kwargs.{name}")
+        # A template writes its variables beside its own control tokens: words only, which can be no part of one.
+        if not isinstance(value, str | int | float | bool | None) or (
+            isinstance(value, str) and not _WORD.fullmatch(value)
+        ):
+            raise BadRequest(
+                f"{name[:100]} must be a word (up to 64 letters, digits, . _ -), a number or a bool",
+                param=f"chat_template_kwargs.{name[:100]}",
+            )
     if mode is not None:
         if mode not in THINKING_MODES:
             raise BadRequest(
