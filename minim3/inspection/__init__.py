@@ -14,11 +14,12 @@ from minim3.inspection.data import (
     Token,
     WrittenToken,
 )
-from minim3.inspection.recording import MAX_TOKENS, encode_answer, record
+from minim3.inspection.recording import MAX_TOKENS, Capture, capture_answer, describe, encode_answer, record
 from minim3.inspection.report import render_report, write_report
 
 __all__ = [
     "MAX_TOKENS",
+    "Capture",
     "ExpertLoad",
     "Inspection",
     "LayerInspection",
@@ -27,6 +28,8 @@ __all__ = [
     "SelectionStatistics",
     "Token",
     "WrittenToken",
+    "capture_answer",
+    "describe",
     "encode_answer",
     "record",
     "render_report",

@@ -8,7 +8,7 @@ its own.
 Shape legend: T tokens, Q = T - 1 positions that were fed, A answer tokens, H index heads, B blocks that a query sees.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
 TokenKind = Literal["text", "control", "image", "video"]
@@ -168,5 +168,14 @@ class Inspection:
         return len(self.tokens) - self.num_prompt_tokens
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values. Tuples become lists when they are written."""
-        return asdict(self)
+        """What JSON can hold. Tuples become lists when they are written."""
+        return _plain(self)
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dictionaries; unlike `dataclasses.asdict`, rows of numbers are not copied one by one."""
+    if is_dataclass(value):
+        return {one.name: _plain(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, tuple) and value and is_dataclass(value[0]):
+        return [_plain(one) for one in value]
+    return value

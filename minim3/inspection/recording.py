@@ -27,6 +27,7 @@ MAX_NUMBERS = 8_000_000
 
 _NUM_LIKELIEST = 5
 _QUERIES_AT_ONCE = 64  # rows of scores against all keys held at once
+Scores = tuple[tuple[tuple[float, ...], ...], ...]
 _MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
@@ -65,6 +66,46 @@ def record(
         ValueError: prompt and answer are longer than `max_tokens`, or too long for so many layers in detail; an empty
             answer; a layer that the model does not have; a prompt that it cannot take.
     """
+    capture = capture_answer(
+        model, processor, prompt, answer_ids=answer_ids, media=media, tools=tools, thinking_mode=thinking_mode,
+        max_new_tokens=max_new_tokens, params=params, layers=layers, max_tokens=max_tokens,
+    )  # fmt: skip
+    return describe(model, processor, capture, name)
+
+
+@dataclass
+class Capture:
+    """What the forward pass left behind, on the CPU, to be described by `describe` in any thread.
+
+    token_ids: of prompt and answer. inputs: what the processor made of the prompt. shown: layers to show in detail.
+    blocks, experts (ids and weights): by layer; scores: `[A][H][B]` by layer.
+    """
+
+    token_ids: list[int]
+    num_prompt: int
+    inputs: Mapping[str, Any]
+    shown: frozenset[int]
+    blocks: dict[int, Tensor] = field(default_factory=dict)
+    experts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    scores: dict[int, Scores] = field(default_factory=dict)
+    written: tuple[WrittenToken, ...] = ()
+
+
+def capture_answer(
+    model: CausalLM,
+    processor: MiniMaxM3VLProcessor,
+    prompt: Sequence[Mapping[str, Any]] | Sequence[int],
+    *,
+    answer_ids: Sequence[int] | None = None,
+    media: Mapping[str, Any] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    thinking_mode: str | None = None,
+    max_new_tokens: int = 128,
+    params: SamplingParams | None = None,
+    layers: Sequence[int] | None = None,
+    max_tokens: int = MAX_TOKENS,
+) -> Capture:
+    """The part of `record` that runs the model; arguments and errors are those of `record`."""
     config = model.text_config
     shown = _checked_layers(layers, config.num_hidden_layers)
     prompt_ids, inputs = _encode(processor, prompt, media, tools, thinking_mode)
@@ -76,32 +117,41 @@ def record(
         answer_ids = _answer(model, prompt_ids, inputs, params)
     token_ids = [*prompt_ids, *(int(token_id) for token_id in answer_ids)]
     num_prompt = len(prompt_ids)
+    if not prompt_ids:
+        raise ValueError("the prompt is empty: at least one token is needed")
     if len(token_ids) == num_prompt:
         raise ValueError("the answer is empty: there is no token to look into")
     _check_length(len(token_ids), max_tokens)
     if bad := [token_id for token_id in token_ids[num_prompt:] if not 0 <= token_id < config.vocab_size]:
         raise ValueError(f"token id {bad[0]} of the answer is outside the vocabulary of {config.vocab_size}")
     _check_size(model, len(token_ids), num_prompt, shown)
-
-    items, places = describe_media(model.config, processor, prompt_ids, inputs)
+    capture = Capture(token_ids, num_prompt, inputs, shown)
     with torch.inference_mode():
-        found = _forward(model, token_ids, num_prompt, inputs, shown)
-        written = _describe_written(model, processor, found.hidden, token_ids[num_prompt:])
-    sparse = next((block.self_attn.indexer for block in _blocks(model) if block.self_attn.indexer), None)
+        hidden = _forward(model, capture)
+        capture.written = _describe_written(model, processor, hidden, token_ids[num_prompt:])
+    return capture
+
+
+def describe(model: CausalLM, processor: MiniMaxM3VLProcessor, capture: Capture, name: str = "") -> Inspection:
+    """The part of `record` after the model has run; of `model` only the shape is read."""
+    config, num_prompt = model.text_config, capture.num_prompt
+    items, places = describe_media(model.config, processor, capture.token_ids[:num_prompt], capture.inputs)
+    blocks = _blocks(model)
+    sparse = next((block.self_attn.indexer for block in blocks if block.self_attn.indexer), None)
     return Inspection(
         model=name,
         num_prompt_tokens=num_prompt,
-        tokens=describe_tokens(processor.tokenizer, token_ids, places, items),
-        written=written,
+        tokens=describe_tokens(processor.tokenizer, capture.token_ids, places, items),
+        written=capture.written,
         media=items,
-        layers=tuple(_describe_layers(model, found, num_prompt, shown)),
+        layers=tuple(_describe_layers(blocks, config.num_local_experts, capture)),
         block_size=sparse.block_size if sparse else 0,
         topk_blocks=sparse.topk_blocks if sparse else 0,
         init_blocks=sparse.init_blocks if sparse else 0,
         local_blocks=sparse.local_blocks if sparse else 0,
         num_index_heads=sparse.num_index_heads if sparse else 0,
         num_query_heads=config.num_attention_heads,
-        num_experts=config.num_local_experts if any(block.is_moe_layer for block in _blocks(model)) else 0,
+        num_experts=config.num_local_experts if any(block.is_moe_layer for block in blocks) else 0,
         has_shared_expert=bool(config.n_shared_experts),
     )
 
@@ -148,53 +198,42 @@ def _without_media(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**message, "content": [part for part in content if not isinstance(part, Mapping) or "text" in part]}
 
 
-@dataclass
-class _Found:
-    """What the forward pass left behind. `blocks`, `experts`: by layer; `scores`: `[A][H][B]` by layer."""
+def _forward(model: CausalLM, capture: Capture) -> Tensor:
+    """Fill in `capture`; returns the final hidden states `[A, hidden]` of the queries that wrote the answer.
 
-    hidden: Tensor  # [A, hidden] of the queries that wrote the answer
-    blocks: dict[int, Tensor] = field(default_factory=dict)
-    experts: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    scores: dict[int, tuple[tuple[tuple[float, ...], ...], ...]] = field(default_factory=dict)
-
-
-def _forward(
-    model: CausalLM, token_ids: Sequence[int], num_prompt: int, inputs: Mapping[str, Any], shown: frozenset[int]
-) -> _Found:
-    """The last token of the answer is not fed: nothing was computed at its place when the answer was written."""
-    text, blocks = model.text_model, _blocks(model)
-    ids = torch.tensor(token_ids[:-1], device=model.device)
-    tensors = {key: inputs[key].to(model.device) for key in _MEDIA if inputs.get(key) is not None}
+    The last token of the answer is not fed: nothing was computed at its place when the answer was written.
+    """
+    text, blocks, first = model.text_model, _blocks(model), capture.num_prompt - 1
+    ids = torch.tensor(capture.token_ids[:-1], device=model.device)
+    tensors = {key: capture.inputs[key].to(model.device) for key in _MEDIA if capture.inputs.get(key) is not None}
     embeds = model.embed_packed(ids, **tensors) if tensors else model.embed_tokens_packed(ids)  # type: ignore[operator]
     kept = ForwardRecord(router_logits=[], expert_ids=[], block_indices=[])
     batch = ForwardBatch.packed([len(ids)], device=ids.device)
-    with _index_scores(blocks, num_prompt - 1, shown) as scores:
+    with _index_scores(blocks, first, capture.shown, capture.scores):
         hidden = text.forward_packed(embeds, batch, kept)
     assert kept.block_indices is not None
     assert kept.expert_ids is not None
     assert kept.router_logits is not None
-    found = _Found(hidden[num_prompt - 1 :], scores=scores)
     sparse = [index for index, block in enumerate(blocks) if block.self_attn.indexer is not None]
     for index, block_indices in zip(sparse, kept.block_indices, strict=True):
-        found.blocks[index] = block_indices.cpu()
+        capture.blocks[index] = block_indices.cpu()
     moe = [index for index, block in enumerate(blocks) if block.is_moe_layer]
     for index, expert_ids, logits in zip(moe, kept.expert_ids, kept.router_logits, strict=True):
         _, weights = blocks[index].block_sparse_moe.route(logits, expert_ids)
         order = torch.argsort(weights, dim=-1, descending=True, stable=True)
-        found.experts[index] = expert_ids.gather(-1, order).cpu(), weights.gather(-1, order).float().cpu()
-    return found
+        capture.experts[index] = expert_ids.gather(-1, order).cpu(), weights.gather(-1, order).float().cpu()
+    return hidden[first:]
 
 
 @contextmanager
 def _index_scores(
-    blocks: Sequence[Block], first_query: int, shown: frozenset[int]
-) -> Iterator[dict[int, tuple[tuple[tuple[float, ...], ...], ...]]]:
+    blocks: Sequence[Block], first_query: int, shown: frozenset[int], scores: dict[int, Scores]
+) -> Iterator[None]:
     """While it is open, sparse layers in `shown` leave block scores `[A][H][B]` of the positions from `first_query` on.
 
     They are computed a second time, from what the layer's attention is given, since the kernels that select hold scores
     for a moment only.
     """
-    scores: dict[int, tuple[tuple[tuple[float, ...], ...], ...]] = {}
 
     def watch(index: int, indexer: MiniMaxM3Indexer) -> Any:
         def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -209,15 +248,13 @@ def _index_scores(
         if index in shown and block.self_attn.indexer is not None
     ]
     try:
-        yield scores
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _block_scores(
-    index_q: Tensor, index_k: Tensor, first_query: int, indexer: MiniMaxM3Indexer
-) -> tuple[tuple[tuple[float, ...], ...], ...]:
+def _block_scores(index_q: Tensor, index_k: Tensor, first_query: int, indexer: MiniMaxM3Indexer) -> Scores:
     """`[A, H, D]` x `[Q, D]` -> the score of each block that a query sees, by the definition in `kernels.reference`."""
     size, num_keys = indexer.block_size, index_k.shape[0]
     num_blocks = -(-num_keys // size)
@@ -237,19 +274,17 @@ def _block_scores(
     return tuple(rows)
 
 
-def _describe_layers(
-    model: CausalLM, found: _Found, num_prompt: int, shown: frozenset[int]
-) -> Iterator[LayerInspection]:
-    first = num_prompt - 1
-    for index, block in enumerate(_blocks(model)):
+def _describe_layers(blocks: Sequence[Block], num_experts: int, capture: Capture) -> Iterator[LayerInspection]:
+    first = capture.num_prompt - 1
+    for index, block in enumerate(blocks):
         selected, chooses, statistics, experts, weights, load = None, None, None, None, None, None
         indexer = block.self_attn.indexer
         if indexer is not None:
-            ids = found.blocks[index]
+            ids = capture.blocks[index]
             statistics = selection_statistics(
                 ids, indexer.block_size, indexer.topk_blocks, indexer.init_blocks, indexer.local_blocks
             )
-            if index in shown:
+            if index in capture.shown:
                 selected = tuple(
                     tuple(tuple(block for block in head if block >= 0) for head in heads)
                     for heads in ids[first:].tolist()
@@ -257,9 +292,9 @@ def _describe_layers(
                 budget = indexer.topk_blocks
                 chooses = tuple(p // indexer.block_size + 1 > budget for p in range(first, ids.shape[0]))
         if block.is_moe_layer:
-            ids, values = found.experts[index]
-            load = expert_load(ids, first, model.text_config.num_local_experts)
-            if index in shown:
+            ids, values = capture.experts[index]
+            load = expert_load(ids, first, num_experts)
+            if index in capture.shown:
                 experts = tuple(map(tuple, ids.tolist()))
                 weights = tuple(tuple(round(value, 4) for value in row) for row in values.tolist())
         yield LayerInspection(
@@ -267,7 +302,7 @@ def _describe_layers(
             attention="full" if indexer is None else "sparse",
             mlp="moe" if block.is_moe_layer else "dense",
             selected=selected,
-            scores=found.scores.get(index),
+            scores=capture.scores.get(index),
             chooses=chooses,
             expert_ids=experts,
             expert_weights=weights,

@@ -5,16 +5,16 @@ no path but `/` to be open, and its Content-Security-Policy names the scripts th
 """
 
 import asyncio
+import json
 from importlib.resources import files
 from typing import Any
 
 from fastapi import APIRouter, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field
 
 import minim3
 from minim3.inference.engine import Engine
-from minim3.inspection import MAX_TOKENS, encode_answer, record
+from minim3.inspection import Capture, capture_answer, describe, encode_answer
 from minim3.inspection.report import content_hash, fill_places, script_json, static_text
 from minim3.server import prompts
 from minim3.server.errors import BadRequest, Forbidden
@@ -69,12 +69,12 @@ def router(state: ServerState) -> APIRouter:
         prompts.check_model(state, body.model)
         body.check_fields(state.settings)
         with state.driver.reserve():
-            return JSONResponse(await _inspect(state, body))
+            return Response(await _inspect(state, body), media_type="application/json")
 
     return routes
 
 
-async def _inspect(state: ServerState, body: InspectRequest) -> dict[str, Any]:
+async def _inspect(state: ServerState, body: InspectRequest) -> str:
     mode, variables = prompts.thinking_mode(state.settings, body.reasoning_effort, body.chat_template_kwargs)
     tools = prompts.tool_use(state.settings, body.tools, None, None).tools
     prompts.check_text_length(state, len(str(body.answer)), "answer")
@@ -91,16 +91,20 @@ async def _inspect(state: ServerState, body: InspectRequest) -> dict[str, Any]:
                 ),
             )  # fmt: skip
 
-        def run(_: Engine) -> Any:
-            return record(
-                state.model, state.processor, prompt.ids, media=prompt.media, answer_ids=answer_ids,
-                layers=body.layers, max_tokens=MAX_TOKENS, name=state.settings.model_name,
-            )  # fmt: skip
+        def run(_: Engine) -> Capture:
+            return capture_answer(
+                state.model, state.processor, prompt.ids, media=prompt.media, answer_ids=answer_ids, layers=body.layers
+            )
 
-        inspection = await state.driver.run_in_engine(run)
+        capture = await state.driver.run_in_engine(run)
     except ValueError as error:
         raise BadRequest(str(error)) from None
-    return await loop.run_in_executor(state.workers, inspection.to_dict)
+
+    def write() -> str:
+        inspection = describe(state.model, state.processor, capture, state.settings.model_name)
+        return json.dumps(inspection.to_dict(), ensure_ascii=False, separators=(",", ":"))
+
+    return await loop.run_in_executor(state.workers, write)
 
 
 def build_page(state: ServerState) -> tuple[str, str]:

@@ -255,9 +255,8 @@ const minim3Inspect = (() => {
       const scale = Math.max(6, (item.kind === "image" ? 232 : 132) / Math.max(rows, columns));
       const picture = s("svg", {
         viewBox: `0 0 ${columns} ${rows}`,
-        width: Math.round(columns * scale),
-        height: Math.round(rows * scale),
         role: "img",
+        css: { "--size": `${Math.round(columns * scale)}px` },
       });
       const url = item.thumbnails[time];
       if (url) picture.append(s("image", { href: url, width: columns, height: rows, preserveAspectRatio: "none" }));

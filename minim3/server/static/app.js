@@ -244,6 +244,7 @@
   const prompt = $("prompt");
 
   const updateComposer = () => {
+    const follow = isAtEnd();
     $("attachments").hidden = !state.attachments.length;
     prompt.style.height = "auto";
     prompt.style.height = `${prompt.scrollHeight}px`;
@@ -253,6 +254,8 @@
     button.setAttribute("aria-label", running ? "Stop" : "Send");
     button.title = running ? "Stop (Esc)" : "Send (Enter)";
     button.querySelector("use").setAttribute("href", running ? "#i-stop" : "#i-send");
+    $("messages").setAttribute("aria-busy", String(running));
+    if (follow) scrollToEnd();
   };
 
   const send = () => {

@@ -114,7 +114,9 @@ const minim3Markdown = (() => {
         else break;
       }
       const children = blocks(inner, depth + 1);
-      made.append(node("li", ...(children.length === 1 && children[0].tagName === "P" ? children[0].childNodes : children)));
+      const [head, ...rest] = children;
+      const tight = head?.tagName === "P" && !rest.some((child) => child.tagName === "P");
+      made.append(node("li", ...(tight ? [...head.childNodes, ...rest] : children)));
       if (at < lines.length && !lines[at].trim() && ITEM.test(lines[at + 1] ?? "")) at += 1;
     }
     return [made, at];
