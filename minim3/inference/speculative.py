@@ -31,6 +31,7 @@ from minim3.inference.runner import Runner, StepOutput
 from minim3.inference.sampling import Sampler
 from minim3.inference.scheduler import Chunk
 from minim3.model.batch import ForwardBatch
+from minim3.model.decoding import DecodingModel
 from minim3.model.layers import rotary_table
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Drafter:
         mtp = self.model.text_model.mtp
         assert mtp is not None
         self.modules = list(mtp.layers)
+        config = self.model.text_config
+        self._decoding = [DecodingModel.of_draft_module(module, config) for module in mtp.layers]  # type: ignore[arg-type]
 
     def draft(
         self, plan: Sequence[Chunk], gains: Sequence[Gain], output: StepOutput, sampler: Sampler
@@ -172,5 +175,9 @@ class Drafter:
     def _run(self, module: int, hidden_TH: Tensor, next_ids: list[int], batch: ForwardBatch) -> Tensor:
         config = self.model.text_config
         embeds_TH = self.model.text_model.embed_tokens(torch.tensor(next_ids, device=hidden_TH.device))
+        decoding = self._decoding[module]
+        hidden = None if decoding is None else decoding.forward_packed(embeds_TH, batch, hidden_TH)
+        if hidden is not None:
+            return hidden
         freqs_cis = rotary_table(batch.positions, config.rotary_dim, config.rope_theta)
         return self.modules[module](hidden_TH, embed_input=embeds_TH, freqs_cis=freqs_cis, batch=batch)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from minim3 import kernels
+from minim3.config import MiniMaxM3VLTextConfig
 from minim3.kernels.portable.paged import FEW_TOKENS
 from minim3.kernels.portable.plan import CacheRows
 from minim3.kernels.portable.step import Indexer, StepAttention
@@ -29,6 +30,7 @@ from minim3.model.decoding_parts import DecodingMLP, DecodingMoE, DecodingNorm, 
 from minim3.model.decoding_products import Product, Rows, Space, is_plain
 from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, RotaryFactors, rotary_frequencies
 from minim3.model.moe import MiniMaxM3MoE
+from minim3.model.mtp import MiniMaxM3MTPBlock
 from minim3.model.quantized import QuantizedLinear
 
 MOST_TOKENS = 256
@@ -146,16 +148,38 @@ class _Layer:
         self.mlp: DecodingMoE | DecodingMLP = DecodingMoE(block.block_sparse_moe) if moe else DecodingMLP(block.mlp)
 
 
-class DecodingModel:
-    """A text model for steps of few new tokens. Made by `of`; not for use by two threads at once: it owns buffers."""
+class _Joint:
+    """What a MTP module gives its block: `eh_proj(cat[enorm(embedding), hnorm(hidden)])`."""
 
-    def __init__(self, model: MiniMaxM3TextModel, layers: Sequence[_Layer]) -> None:
+    def __init__(self, module: MiniMaxM3MTPBlock) -> None:
+        self.before_embedding, self.before_hidden = DecodingNorm(module.enorm), DecodingNorm(module.hnorm)
+        self.project = Product.of(module.eh_proj)
+
+    def into(self, embeds: Tensor, hidden: Tensor, x: Rows, space: Space) -> None:
+        both = space.of("joint", 2 * x.all.shape[1])
+        first, second = space.once("halves of joint", lambda: [Rows(half) for half in both.all.chunk(2, dim=-1)])
+        self.before_embedding.into(Rows(embeds), first, space)
+        self.before_hidden.into(Rows(hidden), second, space)
+        self.project.into(both, x)
+
+
+class DecodingModel:
+    """A text model for steps of few new tokens. Made by `of`; not for use by two threads at once: it owns buffers.
+
+    `of_draft_module` makes one of a MTP module, which differs in what its block is given (`_Joint`).
+    """
+
+    def __init__(
+        self, model: nn.Module, config: MiniMaxM3VLTextConfig, layers: Sequence[_Layer], norm: MiniMaxM3RMSNorm,
+        joint: "_Joint | None" = None,
+    ) -> None:  # fmt: skip
         self.model = model
         self._layers = layers
         self._kinds = {layer.kind: layer for layer in layers}
-        self._norm = DecodingNorm(model.norm)
-        self._frequencies = rotary_frequencies(model.config.rotary_dim, model.config.rope_theta)
-        self._head_dim = model.config.head_dim
+        self._joint = joint
+        self._norm = DecodingNorm(norm)
+        self._frequencies = rotary_frequencies(config.rotary_dim, config.rope_theta)
+        self._head_dim = config.head_dim
         self._spaces: dict[int, Space] = {}
         self._watch = _Watch(model)
 
@@ -173,10 +197,29 @@ class DecodingModel:
                 if packed is None:
                     return None
                 layers.append(_Layer(block, packed))  # type: ignore[arg-type]
-            return cls(model, layers)
+            return cls(model, model.config, layers, model.norm)
 
-    def forward_packed(self, inputs_embeds: Tensor, batch: ForwardBatch) -> Tensor | None:
-        """As `MiniMaxM3TextModel.forward_packed`; None for what has no such form: another step, or a changed model."""
+    @classmethod
+    def of_draft_module(cls, module: MiniMaxM3MTPBlock, config: MiniMaxM3VLTextConfig) -> "DecodingModel | None":
+        """A MTP module, packed for inference, in this form; None where it has none."""
+        with torch.inference_mode(False), torch.no_grad():
+            norms = module.enorm, module.hnorm, module.final_layernorm
+            if type(module) is not MiniMaxM3MTPBlock or not all(is_plain(norm.weight) for norm in norms):
+                return None
+            packed = _packed_projection(module.transformer_layer) if config.swiglu_alpha else None
+            joint = _Joint(module)
+            if packed is None or not joint.project.plain:
+                return None
+            layer = _Layer(module.transformer_layer, packed)
+            return cls(module, config, [layer], module.final_layernorm, joint)
+
+    def forward_packed(
+        self, inputs_embeds: Tensor, batch: ForwardBatch, hidden: Tensor | None = None
+    ) -> Tensor | None:
+        """As `MiniMaxM3TextModel.forward_packed`, or with `hidden` as a MTP module, both `[T, H]`.
+
+        None for what has no such form: another step, or a changed model.
+        """
         tokens = batch.num_tokens
         if batch.pages is None or tokens > MOST_TOKENS or inputs_embeds.dtype != torch.float32:
             return None
@@ -197,7 +240,11 @@ class DecodingModel:
             steps[kind] = step
         hidden_size = inputs_embeds.shape[1]
         x, normed = space.of("x", hidden_size), space.of("normed", hidden_size)
-        x.all.copy_(inputs_embeds)
+        if self._joint is None:
+            x.all.copy_(inputs_embeds)
+        else:
+            assert hidden is not None
+            self._joint.into(inputs_embeds, hidden, x, space)
         for layer in self._layers:
             layer.before_attention.into(x, normed, space)
             layer.attention.add_to(normed, x, steps[layer.kind], batch.pages.layers[layer.cache_index])

@@ -53,13 +53,15 @@ class StepAttention:
             over = [r for r in plan.requests if r.length > budget]
             if over and (not indexer.selection["local_blocks"] or any(r.position(0) < budget for r in over)):
                 return None
+        kind = (cache, group, dim, None if indexer is None else (*indexer[:3], *indexer.selection.values()))
         if len(plan.requests) > 1 or plan.requests[0].num_queries > 1 or plan.page_table.shape[0] > 1:
-            return cls(plan, cache, group, dim, indexer)
+            return plan.once(("step", *kind), lambda: cls(plan, cache, group, dim, indexer))
         # One sequence: most steps write into the row of the step before, and differ from it in one token.
         length = plan.requests[0].length
         pages = plan.page_table[0, : -(-length // plan.page_size)].tolist()
-        kind = (cache, group, dim, None if indexer is None else (*indexer[:3], *indexer.selection.values()))
         last = plan.memory.steps.get(kind)
+        if last is not None and last.pages == pages and last.length == length:
+            return last.attention  # that of another kind of layer, which differs in nothing that matters in this step
         if last is not None and last.pages == pages and last.length == length - 1 and last.length % cache.tokens:
             last.attention.advance()
             plan.memory.steps[kind] = last._replace(length=length)
