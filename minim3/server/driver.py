@@ -38,7 +38,8 @@ class Submission:
         self._events: list[TokenEvent] = []
         self._news = asyncio.Event()
         self._error: APIError | None = None
-        self._unfinished = num_choices
+        self._ended: set[Request] = set()
+        self._closed = False
         self._last_token: dict[Request, float] = {}
         self.num_choices = num_choices
         self.requests: list[Request] = []
@@ -53,7 +54,7 @@ class Submission:
         while not self._events:
             if self._error is not None:
                 raise self._error
-            if self._unfinished == 0:
+            if self.done:
                 return None
             self._news.clear()
             await self._news.wait()
@@ -62,22 +63,30 @@ class Submission:
 
     @property
     def done(self) -> bool:
-        return self._unfinished == 0
+        """Whether nothing of it runs any more."""
+        return self._closed or len(self._ended) == self.num_choices
 
     def cancel(self) -> None:
         """Abort what still runs; its pages are freed before the engine's next step."""
-        if self._unfinished:
+        if not self.done:
+            self._closed = True
             self._driver._cancel(self)
 
     def abort(self, request: Request) -> None:
-        """Abort one of the requests: its text is complete for the reader (a stop string), the others go on."""
-        self._driver._abort(self, request)
+        """Abort one of the requests: its text is complete for the reader (a stop string), the others go on. The engine
+        may have ended it by itself meanwhile."""
+        if request not in self._ended:
+            self._end(request)
+            self._driver._commands.put(lambda: self._driver._abort_request(request))
 
     # Called on the event loop only.
 
     def _deliver(self, events: Sequence[TokenEvent], now: float) -> None:
         metrics = self._driver.metrics
         for event in events:
+            if event.request in self._ended:
+                continue  # generated before the engine heard that nobody wants it
+            self._events.append(event)
             last = self._last_token.get(event.request)
             if last is None:
                 metrics.first_token(now - self._arrived)
@@ -85,17 +94,19 @@ class Submission:
                 metrics.next_token(now - last)
             self._last_token[event.request] = now
             if event.finish_reason is not None:
-                self._unfinished -= 1
-        self._events.extend(events)
-        if self._unfinished == 0:
-            self._driver._forget(self)
+                self._end(event.request)
         self._news.set()
 
+    def _end(self, request: Request) -> None:
+        self._ended.add(request)
+        if self.done:
+            self._driver._submissions.discard(self)
+
     def _fail(self, error: APIError) -> None:
-        if self._unfinished:
+        if not self.done:
             self._error = error
-            self._unfinished = 0
-            self._driver._forget(self)
+            self._closed = True
+            self._driver._submissions.discard(self)
         self._news.set()
 
 
@@ -116,6 +127,7 @@ class EngineDriver:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._submissions: set[Submission] = set()
         self._by_request: dict[Request, Submission] = {}  # of the engine's thread
+        self._questions: set[asyncio.Future[Any]] = set()
         self._num_reserved = 0
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -139,6 +151,7 @@ class EngineDriver:
         thread = self._thread
         if thread is not None and thread.is_alive():
             await asyncio.to_thread(thread.join)
+        self._fail_questions("the server stopped; send it again")
 
     def abandon(self) -> None:
         """Tell everybody who still waits that the server stops before their answer is complete."""
@@ -230,28 +243,24 @@ class EngineDriver:
 
         if self.failure is not None or self._stopping:
             raise Unavailable("the server is stopping; send it again" if self.failure is None else self.failure)
+        self._questions.add(future)
+        future.add_done_callback(self._questions.discard)
         self._commands.put(call)
         return await future
 
+    def _fail_questions(self, reason: str) -> None:
+        """Nobody is left who could answer what was asked of the engine."""
+        for future in list(self._questions):
+            _set_exception(future, Unavailable(reason))
+
     def _cancel(self, submission: Submission) -> None:
-        submission._unfinished = 0
-        self._forget(submission)
+        self._submissions.discard(submission)
 
         def abort() -> None:
             for request in submission.requests:
                 self._abort_request(request)
 
         self._commands.put(abort)
-
-    def _abort(self, submission: Submission, request: Request) -> None:
-        if request in submission._last_token and submission._unfinished:
-            submission._unfinished -= 1
-            if submission._unfinished == 0:
-                self._forget(submission)
-            self._commands.put(lambda: self._abort_request(request))
-
-    def _forget(self, submission: Submission) -> None:
-        self._submissions.discard(submission)
 
     def _dispatch(self, batches: Sequence[tuple[Submission, list[TokenEvent]]], now: float) -> None:
         for submission, events in batches:
@@ -317,6 +326,7 @@ class EngineDriver:
     def _fail_all(self, reason: str) -> None:
         for submission in list(self._submissions):
             submission._fail(EngineFailed(reason))
+        self._fail_questions(reason)
 
     def _abort_request(self, request: Request, error: APIError | None = None) -> None:
         submission = self._by_request.pop(request, None)

@@ -13,6 +13,7 @@ from minim3.server.state import ServerState
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["operations"])
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health")
     async def health() -> JSONResponse:
         """200 while the process can compute answers; 503 once its engine has failed and it must be restarted."""
@@ -20,6 +21,7 @@ def router(state: ServerState) -> APIRouter:
             raise Unavailable(f"the engine has failed: {state.driver.failure}")
         return JSONResponse({"status": "ok"})
 
+    @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready")
     async def ready() -> JSONResponse:
         """200 while new requests are taken; 503 before the engine runs and while the server drains."""
