@@ -143,7 +143,7 @@ def _part(part: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not isinstance(part.get("image_url"), str):
             raise BadRequest(f"{where} needs image_url, a data URL; there are no stored files", param=where)
         return {"type": "image_url", "image_url": {"url": part["image_url"]}}
-    if kind in ("video_url", "image_url"):
+    if kind in ("video_url", "image_url", "input_file"):
         return dict(part)
-    known = "input_text, output_text, input_image, video_url"
+    known = "input_text, output_text, input_image, input_file, video_url"
     raise BadRequest(f"{where} has type {str(kind)[:100]!r}; known: {known}", param=where)

@@ -56,7 +56,6 @@ class ServerSettings:
 
         max_schema_bytes: of a JSON schema, grammar or regular expression in `response_format` or tools.
         max_schema_depth: nesting of a JSON schema.
-        structured_seconds: longest that compiling a schema or grammar may take.
 
         ignore_unknown_fields: accept requests with fields nobody knows; otherwise they are a 400 that names them.
         allow_priority: let requests choose their `priority`.
@@ -108,7 +107,6 @@ class ServerSettings:
 
     max_schema_bytes: int = 64 * 1024
     max_schema_depth: int = 32
-    structured_seconds: float = 10.0
 
     ignore_unknown_fields: bool = False
     allow_priority: bool = False
