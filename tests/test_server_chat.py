@@ -4,10 +4,11 @@ import base64
 import io
 import json
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import openai
+import pydantic
 import pytest
 from PIL import Image
 
@@ -265,6 +266,77 @@ def test_a_forced_call_is_a_call_whatever_the_model_would_say(plain: Running, ch
     (call,) = message.tool_calls
     assert call.function.name == "weather"
     assert isinstance(json.loads(call.function.arguments), dict)
+
+
+class Scene(pydantic.BaseModel):
+    """What an answer must look like."""
+
+    colour: Literal["red", "green", "blue"]
+    sizes: list[Literal["small", "large"]]
+
+
+@pytest.mark.parametrize("effort", ["none", "high", "low"])
+def test_structured_output_with_thinking(scripted: Running, effort: Any) -> None:
+    """The client's own `parse`: reasoning is free, what follows it fits the schema."""
+    said = '{"colour": "red", "sizes": ["small", "large"]}'
+    thought = {"none": "", "high": "red, I think: {</mm:think>", "low": "<mm:think>red</mm:think>"}[effort]
+    say(scripted, thought + said)
+    client = scripted.client()
+    answer = client.chat.completions.parse(
+        model="pocket", messages=QUESTION, response_format=Scene, reasoning_effort=effort
+    )
+    assert answer.choices[0].message.parsed == Scene(colour="red", sizes=["small", "large"])
+    with client.chat.completions.stream(
+        model="pocket", messages=QUESTION, response_format=Scene, reasoning_effort=effort
+    ) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_completion().choices[0].message.parsed == Scene(colour="red", sizes=["small", "large"])
+
+
+def test_a_schema_binds_a_model_that_knows_no_json(plain: Running) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "green"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "scene", "schema": schema, "strict": True}}
+    choice = (
+        plain.client()
+        .chat.completions.create(
+            model="pocket", messages=QUESTION, response_format=form, reasoning_effort="none", max_tokens=300
+        )
+        .choices[0]
+    )
+    assert choice.finish_reason == "stop"
+    assert json.loads(choice.message.content or "")["colour"] in ("red", "green")
+
+
+def test_a_clip_in_a_data_url_is_seen(plain: Running) -> None:
+    """Every frame counts: two clips of the same beginning make different prompts inside."""
+    av = pytest.importorskip("av")
+    seen = []
+    for last in ((255, 0, 0), (0, 0, 255)):
+        file = io.BytesIO()
+        with av.open(file, "w", format="mp4") as container:
+            stream = container.add_stream("mpeg4", rate=2)
+            stream.width, stream.height, stream.pix_fmt = 84, 56, "yuv420p"
+            for number in range(8):
+                pixels = np.full((56, 84, 3), last if number > 5 else (200, 200, 200), np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+            container.mux(stream.encode())
+        url = "data:video/mp4;base64," + base64.b64encode(file.getvalue()).decode()
+        content: list[Any] = [
+            {"type": "video_url", "video_url": {"url": url}},
+            {"type": "text", "text": "What colour comes last?"},
+        ]
+        answer = plain.client().chat.completions.create(
+            model="pocket", messages=[{"role": "user", "content": content}], max_tokens=4, logprobs=True, top_logprobs=5
+        )
+        assert answer.usage.prompt_tokens > 20
+        seen.append([(one.token, one.logprob) for one in answer.choices[0].logprobs.content])
+    assert seen[0] != seen[1]
 
 
 def test_tool_choice_none_tells_the_model_of_no_tool(plain: Running) -> None:
