@@ -254,7 +254,7 @@ const minim3Inspect = (() => {
       const { rows, columns } = item;
       const scale = Math.max(6, (item.kind === "image" ? 232 : 132) / Math.max(rows, columns));
       const picture = s("svg", {
-        viewBox: `0 0 ${columns} ${rows}`,
+        viewBox: `-0.03 -0.03 ${columns + 0.06} ${rows + 0.06}`, // room for half an outline
         role: "img",
         css: { "--size": `${Math.round(columns * scale)}px` },
       });
@@ -281,7 +281,7 @@ const minim3Inspect = (() => {
       picture.append(back, edge);
       this.pictures ??= [];
       this.pictures.push({ picture, cells, back, edge, rows, columns });
-      const caption = item.kind === "image" ? `Picture, ${columns} × ${rows} tokens` : `Frame ${time + 1} of ${item.times}`;
+      const caption = item.kind === "image" ? `Picture, ${columns} × ${rows} tokens` : `Clip, frame ${(this.frames = (this.frames ?? 0) + 1)}`;
       return h("figure", { class: item.kind === "image" ? "mi-media" : "mi-media is-frame" }, picture, h("figcaption", null, caption));
     }
 
