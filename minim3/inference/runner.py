@@ -46,7 +46,7 @@ class Runner:
         self.device = cache.device
         self._page_table = _PageTable(cache.device)
         self._scratch = Scratch()
-        self._decoding = DecodingModel.of(model.text_model)
+        self.decoding = DecodingModel.of(model.text_model)
 
     def run(self, plan: Sequence[Chunk]) -> StepOutput:
         """Compute the planned tokens and store their K, V and index keys; their pages must have been handed out."""
@@ -71,7 +71,7 @@ class Runner:
         ids_T, positions_T, slots_T = torch.tensor([token_ids, positions, slots], device=self.device)
         batch = self.batch([chunk.request for chunk in plan], positions_T, lengths_q, lengths_k, slots_T)
         embeds_TH = self._embed(ids_T, plan)
-        hidden_TH = None if self._decoding is None else self._decoding.forward_packed(embeds_TH, batch)
+        hidden_TH = None if self.decoding is None else self.decoding.forward_packed(embeds_TH, batch)
         if hidden_TH is None:
             hidden_TH = self.model.text_model.forward_packed(embeds_TH, batch)
         if not rows:

@@ -31,7 +31,6 @@ from minim3.inference.runner import Runner, StepOutput
 from minim3.inference.sampling import Sampler
 from minim3.inference.scheduler import Chunk
 from minim3.model.batch import ForwardBatch
-from minim3.model.decoding import DecodingModel
 from minim3.model.layers import rotary_table
 
 if TYPE_CHECKING:
@@ -77,7 +76,11 @@ class Drafter:
         assert mtp is not None
         self.modules = list(mtp.layers)
         config = self.model.text_config
-        self._decoding = [DecodingModel.of_draft_module(module, config) for module in mtp.layers]  # type: ignore[arg-type]
+        decoding = runner.decoding
+        self._decoding = [
+            None if decoding is None else decoding.draft_module(module, config)  # type: ignore[arg-type]
+            for module in mtp.layers
+        ]
 
     def draft(
         self, plan: Sequence[Chunk], gains: Sequence[Gain], output: StepOutput, sampler: Sampler

@@ -12,6 +12,7 @@ Shape legend: T new tokens, H hidden size, R heads of all normed projections, D 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
@@ -166,12 +167,12 @@ class _Joint:
 class DecodingModel:
     """A text model for steps of few new tokens. Made by `of`; not for use by two threads at once: it owns buffers.
 
-    `of_draft_module` makes one of a MTP module, which differs in what its block is given (`_Joint`).
+    `draft_module` makes one of a MTP module, which differs in what its block is given (`_Joint`).
     """
 
     def __init__(
         self, model: nn.Module, config: MiniMaxM3VLTextConfig, layers: Sequence[_Layer], norm: MiniMaxM3RMSNorm,
-        joint: "_Joint | None" = None,
+        joint: "_Joint | None" = None, beside: "DecodingModel | None" = None,
     ) -> None:  # fmt: skip
         self.model = model
         self._layers = layers
@@ -180,8 +181,9 @@ class DecodingModel:
         self._norm = DecodingNorm(norm)
         self._frequencies = rotary_frequencies(config.rotary_dim, config.rope_theta)
         self._head_dim = config.head_dim
-        self._spaces: dict[int, Space] = {}
-        self._watch = _Watch(model)
+        # What runs beside another over the same batch shares its buffers, and what it has made for the step.
+        self._spaces: dict[int, Space] = {} if beside is None else beside._spaces
+        self._watch: _Watch = _Watch(model) if beside is None else beside._watch
 
     @classmethod
     def of(cls, model: MiniMaxM3TextModel) -> "DecodingModel | None":
@@ -199,9 +201,8 @@ class DecodingModel:
                 layers.append(_Layer(block, packed))  # type: ignore[arg-type]
             return cls(model, model.config, layers, model.norm)
 
-    @classmethod
-    def of_draft_module(cls, module: MiniMaxM3MTPBlock, config: MiniMaxM3VLTextConfig) -> "DecodingModel | None":
-        """A MTP module, packed for inference, in this form; None where it has none."""
+    def draft_module(self, module: MiniMaxM3MTPBlock, config: MiniMaxM3VLTextConfig) -> "DecodingModel | None":
+        """A MTP module of this model, packed for inference, in this form; None where it has none."""
         with torch.inference_mode(False), torch.no_grad():
             norms = module.enorm, module.hnorm, module.final_layernorm
             if type(module) is not MiniMaxM3MTPBlock or not all(is_plain(norm.weight) for norm in norms):
@@ -211,7 +212,7 @@ class DecodingModel:
             if packed is None or not joint.project.plain:
                 return None
             layer = _Layer(module.transformer_layer, packed)
-            return cls(module, config, [layer], module.final_layernorm, joint)
+            return DecodingModel(module, config, [layer], module.final_layernorm, joint, self)
 
     def forward_packed(
         self, inputs_embeds: Tensor, batch: ForwardBatch, hidden: Tensor | None = None
@@ -223,18 +224,23 @@ class DecodingModel:
         tokens = batch.num_tokens
         if batch.pages is None or tokens > MOST_TOKENS or inputs_embeds.dtype != torch.float32:
             return None
-        if torch.is_grad_enabled() or max(batch.lengths_q) > FEW_TOKENS or not self._watch.unchanged():
+        if torch.is_grad_enabled() or max(batch.lengths_q) > FEW_TOKENS:
+            return None
+        if not batch.plan.once(self._watch, self._watch.unchanged):
             return None
         space = self._spaces.get(tokens)
         if space is None:
             space = self._spaces[tokens] = Space(tokens)
             while len(self._spaces) > _KEPT_SPACES:
                 self._spaces.pop(next(iter(self._spaces)))
-        rotary = self._rotary(batch.positions)
+        rotary = batch.plan.once("rotary", lambda: self._rotary(batch.positions))
         steps: dict[tuple[Any, ...], _Step] = {}
         for kind, layer in self._kinds.items():
             pages = batch.pages.layers[layer.cache_index]
-            step = layer.attention.prepare(pages, batch, space, rotary) if pages.k.dtype == torch.float32 else None
+            if pages.k.dtype != torch.float32:
+                return None
+            make = partial(layer.attention.prepare, pages, batch, space, rotary)
+            step = batch.plan.once(("step of kind", kind), make)
             if step is None:
                 return None
             steps[kind] = step
