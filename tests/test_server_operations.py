@@ -14,6 +14,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from minim3.server import generation
 from minim3.server.logs import configure_logs
 from minim3.server.settings import ServerSettings
 from tests.running_servers import Running, ScriptedEngine, pocket, running
@@ -237,6 +238,18 @@ def test_a_client_that_leaves_during_the_prompt_frees_its_pages() -> None:
             next(answer.iter_lines())
         server.wait_idle()
         assert engine.stats.num_computed_tokens < 600
+
+
+def test_a_silent_stream_is_kept_open_by_comments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy closes a connection on which nothing comes for a minute; clients skip comments."""
+    monkeypatch.setattr(generation, "PING_SECONDS", 0.1)
+    engine = ScriptedEngine(lambda _, i: long_answer(2), step_seconds=0.5)
+    with running(engine=engine) as server:
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json={**BODY, "stream": True}, timeout=60)
+        assert answer.text.count(": working\n\n") >= 3
+        assert answer.text.endswith("data: [DONE]\n\n")
+        chunks = list(server.client().chat.completions.create(model="pocket", messages=QUESTION, stream=True))  # type: ignore[call-overload]
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "77"
 
 
 def test_a_failing_step_fails_its_requests_and_the_server_goes_on() -> None:

@@ -3,13 +3,14 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from minim3.inference.request import SamplingParams
 from minim3.server import logs
@@ -20,6 +21,7 @@ from minim3.server.prompts import Prompt
 from minim3.server.state import ServerState
 
 _T = TypeVar("_T")
+PING_SECONDS = 10.0
 
 
 class ClientGone(APIError):
@@ -193,7 +195,10 @@ class Call:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events of a call, closed with it however the response ends, also if it never began."""
+    """Server-sent events of a call, closed with it however the response ends, also if it never began.
+
+    While nothing comes (a prompt of minutes) a comment every few seconds keeps proxies from closing the connection.
+    """
 
     def __init__(self, events: AsyncIterator[str], call: Call) -> None:
         super().__init__(events, media_type="text/event-stream")
@@ -206,6 +211,29 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             self._call.close()
+
+    async def stream_response(self, send: Send) -> None:
+        sent_at = time.monotonic()
+        has_begun = False
+
+        async def noted(message: Message) -> None:
+            nonlocal sent_at, has_begun
+            await send(message)
+            sent_at, has_begun = time.monotonic(), True
+
+        async def keep_alive() -> None:
+            while True:
+                await asyncio.sleep(PING_SECONDS)
+                if has_begun and time.monotonic() - sent_at >= PING_SECONDS:
+                    await noted({"type": "http.response.body", "body": b": working\n\n", "more_body": True})
+
+        pings = asyncio.create_task(keep_alive())
+        try:
+            await super().stream_response(noted)
+        finally:
+            pings.cancel()
+            with suppress(asyncio.CancelledError, RuntimeError):  # a comment that came after the end
+                await pings
 
 
 async def unless_gone(request: Request, work: Callable[[], Awaitable[_T]]) -> _T:
