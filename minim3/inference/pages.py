@@ -198,6 +198,7 @@ class PagePool:
         for request in requests:
             assert len(set(request.pages)) == len(request.pages), "a request holds a page twice"
             assert len(request.pages) * self.page_size >= request.num_computed_tokens
+            assert request.num_keyed_pages * self.page_size <= request.num_computed_tokens
             for place, page in enumerate(request.pages):
                 held[page] += 1
                 key = self._key_of_page.get(page)

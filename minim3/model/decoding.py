@@ -226,8 +226,11 @@ class DecodingModel:
             return None
         if torch.is_grad_enabled() or max(batch.lengths_q) > FEW_TOKENS:
             return None
-        if not batch.plan.once(self._watch, self._watch.unchanged):
+        # A draft module that runs after its model in a step relies on the model's look.
+        watched = self._joint is not None and batch.plan.once(self._watch, self._watch.unchanged)
+        if not (watched or self._watch.unchanged()):
             return None
+        batch.plan.once(self._watch, lambda: True)
         space = self._spaces.get(tokens)
         if space is None:
             space = self._spaces[tokens] = Space(tokens)
