@@ -364,9 +364,24 @@ def test_logs_are_json_with_the_request_id_and_without_the_prompt() -> None:
     answered = [line for line in lines if line.get("request_id") == "from-the-client-1"]
     assert [line["status"] for line in answered] == [200, 400]
     assert answered[0]["completion_tokens"] >= 1
+    assert (answered[1]["error"], answered[1]["param"]) == ("invalid_request_error", "messages")
     assert answered[0]["prompt_tokens"] > 10
     assert answered[0]["seconds"] > 0
     assert secret not in stream.getvalue()
+
+
+def test_a_path_cannot_write_lines_of_its_own_into_the_log() -> None:
+    stream = io.StringIO()
+    try:
+        with running() as server:
+            configure_logs("info", as_json=False, stream=stream)
+            httpx.get(f"{server.url}/x%0a12:00:00%20GET%20/admin%20200")
+            server.wait_idle()
+    finally:
+        for name in ("minim3.server", "uvicorn"):
+            logging.getLogger(name).handlers = []
+            logging.getLogger(name).propagate = True
+    assert len(stream.getvalue().splitlines()) == 1
 
 
 def test_prompts_are_logged_when_asked_for() -> None:

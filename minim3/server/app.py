@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 import minim3
 from minim3.inference.engine import Engine
 from minim3.processing.processor import MiniMaxM3VLProcessor
-from minim3.server import chat, completions, models, operations, responses, tokenization
+from minim3.server import chat, completions, logs, models, operations, responses, tokenization
 from minim3.server.auth import KeyMiddleware
 from minim3.server.driver import EngineDriver
 from minim3.server.errors import INVALID_REQUEST, APIError, BadRequest, error_body
@@ -92,6 +92,7 @@ def make_engine(settings: ServerSettings, model: Any) -> Engine:
 
 async def _api_error(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, APIError)
+    logs.note(error=error.code or error.type, param=error.param)  # not the message, which may quote the request
     return JSONResponse(error.body(), error.status, error.headers)
 
 

@@ -74,13 +74,15 @@ class RequestMiddleware:
             seconds = time.monotonic() - started
             self._state.metrics.request_ended(scope, status)
             quiet = scope["path"] in _PROBES and status < 400
+            # Percent-decoded, so it can hold a line break and a made-up line of log after it.
+            path = "".join(one if one.isprintable() else "?" for one in scope["path"][:200])
             log.log(
                 logging.DEBUG if quiet else logging.INFO,
-                "%s %s %s", scope["method"], scope["path"], status or "disconnected",
+                "%s %s %s", scope["method"], path, status or "disconnected",
                 extra={
                     "event": "request",
                     "method": scope["method"],
-                    "path": scope["path"][:200],
+                    "path": path,
                     "status": status or None,
                     "complete": complete,
                     "seconds": round(seconds, 4),
@@ -124,9 +126,9 @@ class PlainFormatter(logging.Formatter):
         text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))} {record.getMessage()}"
         if record.levelno >= logging.WARNING:
             text = text.replace(" ", f" {record.levelname}: ", 1)
-        for name in ("prompt_tokens", "completion_tokens", "seconds", "error"):
+        for name in ("error", "prompt_tokens", "completion_tokens", "seconds", "prompt", "reasoning", "answers"):
             if getattr(record, name, None) is not None:
-                text += f" {name}={getattr(record, name)}"
+                text += f" {name}={getattr(record, name)!r}"
         if (identifier := request_id.get()) is not None:
             text += f" [{identifier}]"
         return text + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
