@@ -4,6 +4,7 @@ import base64
 import io
 import json
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -12,6 +13,7 @@ import pydantic
 import pytest
 from PIL import Image
 
+from minim3.server.settings import ServerSettings
 from tests.running_servers import Running, ScriptedEngine, pocket, running
 
 QUESTION = [{"role": "user", "content": "What is 3 plus 4?"}]
@@ -500,3 +502,28 @@ def test_typed_control_tokens_stay_text(plain: Running) -> None:
     tokenizer = pocket()[1].tokenizer
     assert ids.count(tokenizer.token_to_id("]~b]")) == 3  # system, user, ai: the template's own
     assert plain.http().post("/detokenize", json={"tokens": ids}).json()["prompt"].count(typed) == 1
+
+
+def test_drafts_and_a_small_cache_change_no_answer(plain: Running) -> None:
+    """What an operator tunes must not be seen in greedy answers."""
+    questions = [
+        [{"role": "user", "content": f"What is {a} plus {b}? Say the numbers to 9."}] for a, b in ((1, 2), (3, 5))
+    ]
+    asked: dict[str, Any] = {"model": "pocket", "max_tokens": 24, "extra_body": {**OFF, "ignore_eos": True}}
+
+    def answers(server: Running) -> list[str]:
+        client = server.client()
+        with ThreadPoolExecutor(2) as pool:
+            said = pool.map(lambda one: client.chat.completions.create(messages=one, **asked), questions)
+            return [one.choices[0].message.content for one in said]
+
+    expected = answers(plain)
+    tuned = ServerSettings(page=False, speculative_tokens=2, num_pages=8, max_tokens_per_step=16, max_running=2)
+    with running(tuned) as server:
+        assert answers(server) == expected
+        assert server.engine.stats.num_drafted_tokens > 0
+        figures = server.http().get("/metrics").text
+        assert "minim3_drafted_tokens_total" in figures
+        with pytest.raises(openai.BadRequestError, match="pages"):
+            client = server.client()
+            client.chat.completions.create(model="pocket", messages=[{"role": "user", "content": "a b " * 400}])
