@@ -524,6 +524,6 @@ def test_drafts_and_a_small_cache_change_no_answer(plain: Running) -> None:
         assert server.engine.stats.num_drafted_tokens > 0
         figures = server.http().get("/metrics").text
         assert "minim3_drafted_tokens_total" in figures
+        too_long: Any = [{"role": "user", "content": "a b " * 400}]
         with pytest.raises(openai.BadRequestError, match="pages"):
-            client = server.client()
-            client.chat.completions.create(model="pocket", messages=[{"role": "user", "content": "a b " * 400}])
+            server.client().chat.completions.create(model="pocket", messages=too_long)
