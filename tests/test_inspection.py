@@ -18,6 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 import minim3.inspection.recording as record_module
+from minim3 import kernels
+from minim3.inference.engine import Engine
+from minim3.inference.request import SamplingParams
 from minim3.inspection import Inspection, encode_answer, record, render_report, write_report
 from minim3.inspection.report import content_hash
 from minim3.inspection.statistics import expert_load, selection_statistics
@@ -145,6 +148,34 @@ def test_a_forward_pass_that_follows_the_reported_choices_is_the_same(plain: Min
 
     torch.testing.assert_close(following(0), free, rtol=0, atol=0)
     assert not torch.allclose(following(1), free)
+
+
+def test_blocks_are_those_that_generation_itself_selected(
+    plain: MiniMaxM3VLProcessor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One pass over everything, reported, that differs from the chunks and single tokens that wrote the answer."""
+    model, ids = text_model(4), random_ids(PROMPT, seed=4)
+    steps: list[Tensor] = []  # of each layer and step: the blocks of its last query
+    select = kernels.select_blocks_paged
+
+    def watch(*arguments: Any, **options: Any) -> Tensor:
+        blocks = select(*arguments, **options)
+        steps.append(blocks[-1].clone())
+        return blocks
+
+    monkeypatch.setattr(kernels, "select_blocks_paged", watch)
+    engine = Engine(model, page_size=4, max_tokens_per_step=8)
+    monkeypatch.setattr(engine.runner, "decoding", None)  # whose selection has no function of its own to watch
+    request = engine.add_request(ids.tolist(), SamplingParams(max_new_tokens=ANSWER, ignore_eos=True))
+    engine.run()
+    monkeypatch.undo()
+    found = record(model, plain, ids.tolist(), answer_ids=request.output_ids)
+    written = [steps[place : place + 2] for place in range(len(steps) - 2 * ANSWER, len(steps), 2)]
+    for token, layers in enumerate(written):
+        for layer, blocks in zip(found.layers[1:], layers, strict=True):
+            assert layer.selected is not None
+            selected = [tuple(b for b in head if b >= 0) for head in blocks.tolist()]
+            assert list(layer.selected[token]) == selected, (token, layer.layer)
 
 
 def test_an_answer_of_its_own_is_greedy_and_as_likely_as_the_logits_say(plain: MiniMaxM3VLProcessor) -> None:

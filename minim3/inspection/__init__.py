@@ -14,7 +14,8 @@ from minim3.inspection.data import (
     Token,
     WrittenToken,
 )
-from minim3.inspection.recording import MAX_TOKENS, Capture, capture_answer, describe, encode_answer, record
+from minim3.inspection.encoding import encode_answer
+from minim3.inspection.recording import MAX_TOKENS, Capture, capture_answer, describe, record
 from minim3.inspection.report import render_report, write_report
 
 __all__ = [

@@ -12,18 +12,21 @@ from pathlib import Path
 
 from minim3.inspection.data import Inspection
 
+VIEW_SCRIPTS = ("elements.js", "charts.js", "tokens.js", "inspect.js")
+"""The look-inside view, in the order in which its files need each other."""
+
 _TITLE_CHARACTERS = 80
 
 
 def static_text(name: str) -> str:
-    """The text of a file in `static/`: the look-inside view (inspect.js, inspect.css) and the theme it stands in."""
+    """The text of a file in `static/`: the look-inside view and the theme it stands in."""
     return (files("minim3.inspection") / "static" / name).read_text(encoding="utf-8")
 
 
 def render_report(inspection: Inspection, title: str = "") -> str:
     """The HTML of a standalone report. title: what it is about, the prompt for example; shortened."""
     css = "".join(static_text(name) for name in ("theme.css", "inspect.css", "report.css"))
-    js = "".join(static_text(name) for name in ("inspect.js", "report.js"))
+    js = "".join(static_text(name) for name in (*VIEW_SCRIPTS, "report.js"))
     policy = (
         f"default-src 'none'; img-src data:; style-src '{content_hash(css)}'; script-src '{content_hash(js)}'; "
         "base-uri 'none'; form-action 'none'"

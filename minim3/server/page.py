@@ -15,7 +15,7 @@ from pydantic import Field
 import minim3
 from minim3.inference.engine import Engine
 from minim3.inspection import Capture, capture_answer, describe, encode_answer
-from minim3.inspection.report import content_hash, fill_places, script_json, static_text
+from minim3.inspection.report import VIEW_SCRIPTS, content_hash, fill_places, script_json, static_text
 from minim3.server import prompts
 from minim3.server.errors import BadRequest, Forbidden
 from minim3.server.json_route import JsonRoute
@@ -23,7 +23,10 @@ from minim3.server.schema import RequestModel
 from minim3.server.state import ServerState
 
 _STYLES = ("style.css",)
-_SCRIPTS = ("markdown.js", "stream.js", "app.js")
+_SCRIPTS = (
+    "base.js", "markdown.js", "stream.js", "settings.js", "composer.js", "answers.js", "inside.js", "starts.js",
+    "app.js",
+)  # fmt: skip
 
 
 class InspectRequest(RequestModel):
@@ -110,7 +113,7 @@ async def _inspect(state: ServerState, body: InspectRequest) -> str:
 def build_page(state: ServerState) -> tuple[str, str]:
     """The document, and its Content-Security-Policy."""
     css = static_text("theme.css") + static_text("inspect.css") + "".join(_read(name) for name in _STYLES)
-    scripts = [static_text("inspect.js"), *(_read(name) for name in _SCRIPTS)]
+    scripts = [*(static_text(name) for name in VIEW_SCRIPTS), *(_read(name) for name in _SCRIPTS)]
     settings = state.settings
     parts = {
         "css": css,
