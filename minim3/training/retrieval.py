@@ -22,7 +22,7 @@ CONTROL_IDS = 2
 class SymbolProcessor:
     """What training needs of a processor, for conversations whose contents are lists of ids already.
 
-    The user's ids carry no loss, those of the assistant at odd places do (key, value, key, value ...).
+    Loss falls on the assistant's ids.
     """
 
     image_processor = None
@@ -35,10 +35,8 @@ class SymbolProcessor:
         ids: list[int] = []
         mask: list[bool] = []
         for message in messages:
-            content = list(message["content"])
-            answers = message["role"] == "assistant"
-            ids += content
-            mask += [answers and place % 2 == 1 for place in range(len(content))]
+            ids += message["content"]
+            mask += [message["role"] == "assistant"] * len(message["content"])
         return ids, mask
 
 
@@ -90,9 +88,7 @@ class RetrievalSource:
         places = np.sort(rng.choice(num_context - num_pairs, num_pairs, replace=False)) + np.arange(num_pairs)
         context[places], context[places + 1] = keys, values
         asked = rng.choice(num_pairs, num_questions, replace=num_questions > num_pairs)
-        answers = np.stack([keys[asked], values[asked]], axis=1).flatten()
-        messages = [
-            {"role": "user", "content": [BEGIN, *context.tolist(), ASK]},
-            {"role": "assistant", "content": answers.tolist()},
-        ]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": [BEGIN, *context.tolist(), ASK]}]
+        for key, value in zip(keys[asked].tolist(), values[asked].tolist(), strict=True):
+            messages += [{"role": "user", "content": [key]}, {"role": "assistant", "content": [value]}]
         return Group([Sample(messages, kind=f"retrieval_{length}")])
