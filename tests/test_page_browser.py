@@ -314,6 +314,11 @@ def test_look_inside_shows_what_the_model_selected(plain: Running, visit: Callab
     page.locator(".mi-expert").first.click()
     marked = page.locator(".is-routed").count()
     assert marked == sum(ran[0] in row for row in layer["expert_ids"])
+    # Pointing at a token shows it for as long as the pointer is there.
+    page.locator(".mi-answer").nth(0).hover()
+    playwright.expect(page.locator(".mi-step output")).to_contain_text("1 of")
+    page.locator("#panel-title").hover()
+    playwright.expect(page.locator(".mi-step output")).to_contain_text(f"{token + 1} of")
     # Another token, by click and by arrow keys; another layer, by arrow keys.
     page.locator(".mi-answer").nth(0).click()
     playwright.expect(page.locator(".mi-step output")).to_contain_text("1 of")
