@@ -424,6 +424,21 @@ def test_logit_bias_and_penalties_reach_the_sampler(plain: Running) -> None:
     assert again.usage.completion_tokens == 2
 
 
+def test_token_ids_are_what_was_written(scripted: Running) -> None:
+    """Tokenizing an answer again gives other ids than the model chose; whoever trains on answers needs these."""
+    text = f"why</mm:think>Look. {CALL}"
+    say(scripted, text)
+    asked: dict[str, Any] = {"model": "pocket", "messages": QUESTION, "tools": [WEATHER], "reasoning_effort": "high"}
+    client = scripted.client()
+    whole = client.chat.completions.create(**asked, extra_body={"return_token_ids": True})
+    assert whole.choices[0].token_ids == ids_of(text)
+    assert len(whole.prompt_token_ids) == whole.usage.prompt_tokens
+    ids: list[int] = []
+    for chunk in client.chat.completions.create(**asked, stream=True, extra_body={"return_token_ids": True}):
+        ids += getattr(chunk.choices[0], "token_ids", None) or []
+    assert ids == ids_of(text)
+
+
 def test_max_tokens_cuts_and_says_so(plain: Running) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         answer = plain.client().chat.completions.create(

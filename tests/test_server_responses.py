@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from tests.running_servers import Running, ScriptedEngine, running
-from tests.test_server_chat import CALL, NS, TWO_CALLS, WEATHER, say
+from tests.test_server_chat import CALL, NS, TWO_CALLS, WEATHER, Scene, say
 
 TOOL = {"type": "function", **WEATHER["function"]}  # type: ignore[dict-item]
 OFF = {"reasoning": {"effort": "none"}}
@@ -149,6 +149,14 @@ def test_tool_choice_of_one_function(scripted: Running) -> None:
 def test_what_is_not_there_is_said(scripted: Running, asked: dict[str, Any], words: str) -> None:
     with pytest.raises(openai.BadRequestError, match=words):
         scripted.client().post("/responses", body={"model": "pocket", **asked}, cast_to=object)
+
+
+def test_a_pydantic_model_as_the_format(scripted: Running) -> None:
+    say(scripted, 'why</mm:think>{"colour": "red", "sizes": []}')
+    answer = scripted.client().responses.parse(
+        model="pocket", input="x", text_format=Scene, reasoning={"effort": "high"}
+    )
+    assert answer.output_parsed == Scene(colour="red", sizes=[])
 
 
 def test_marker_text_is_no_marker(scripted: Running) -> None:

@@ -55,9 +55,11 @@ class Reader(Protocol):
     """See `ChatReader`."""
 
     index: int
-    num_tokens: int
     num_reasoning_tokens: int
     stopped: bool
+
+    @property
+    def num_tokens(self) -> int: ...
 
     def feed(self, event: TokenEvent) -> Update: ...
 
@@ -111,7 +113,7 @@ class ChatReader:
         make_id: Callable[[int], str],
     ) -> None:
         self.index = index
-        self.num_tokens = 0
+        self.token_ids: list[int] = []
         self.num_reasoning_tokens = 0
         self.stopped = False
         self._parser = OutputParser(tokenizer, mode, tools, make_id=make_id)
@@ -122,8 +124,12 @@ class ChatReader:
         self._entries: list[TokenEntry] = []
         self._reason = "stop"
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
     def feed(self, event: TokenEvent) -> Update:
-        self.num_tokens += 1
+        self.token_ids.append(event.token_id)
         region = self._regions.of(event.token_id)
         self.num_reasoning_tokens += region == "reasoning"
         if event.token_id in self._ending.stop_token_ids:

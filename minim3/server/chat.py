@@ -61,6 +61,8 @@ class ChatAnswer:
             "created": int(time.time()),
             "model": state.settings.model_name,
         }
+        self._prompt_ids: list[int] = []
+        self._num_sent: dict[int, int] = {}
         self.submitted = False
 
     async def submit(self) -> None:
@@ -85,6 +87,7 @@ class ChatAnswer:
             ChatReader(index, state.processor.tokenizer, mode, use.tools, ending, make_call_id)
             for index in range(count)
         ]
+        self._prompt_ids = prompt.ids
         await self._call.submit(prompt, params, self._readers, guides=guides, priority=body.priority or 0)
         self.submitted = True
 
@@ -94,7 +97,8 @@ class ChatAnswer:
         async for update in self._call.updates():
             entries[update.index].extend(update.entries)
         choices = [self._choice(reader, own) for reader, own in zip(self._readers, entries)]
-        return {**self._head, "choices": choices, "usage": self._call.usage.as_chat()}
+        ids = {"prompt_token_ids": self._prompt_ids} if self._body.return_token_ids else {}
+        return {**self._head, **ids, "choices": choices, "usage": self._call.usage.as_chat()}
 
     def _choice(self, reader: ChatReader, entries: Sequence[TokenEntry]) -> dict[str, Any]:
         result = reader.result
@@ -118,7 +122,17 @@ class ChatAnswer:
             "message": message,
             "logprobs": self._logprobs(entries),
             "finish_reason": result.finish_reason,
+            **self._new_ids(reader.index),
         }
+
+    def _new_ids(self, index: int) -> dict[str, Any]:
+        """The ids of a choice that were not sent yet, if they were asked for."""
+        if not self._body.return_token_ids:
+            return {}
+        ids = self._readers[index].token_ids
+        start = self._num_sent.get(index, 0)
+        self._num_sent[index] = len(ids)
+        return {"token_ids": ids[start:]}
 
     async def chunks(self) -> AsyncIterator[str]:
         """The answer as server-sent events. An error after the first of them is an event too, and the last."""
@@ -130,7 +144,8 @@ class ChatAnswer:
             for reader in self._readers:
                 first = {"role": "assistant", "content": ""}
                 choice = {"index": reader.index, "delta": first, "logprobs": None, "finish_reason": None}
-                yield event({**head, "choices": [choice], **usage})
+                ids = {"prompt_token_ids": self._prompt_ids} if self._body.return_token_ids else {}
+                yield event({**head, **ids, "choices": [choice], **usage})
             async for update in self._call.updates():
                 for choice in self._chunk_choices(update):
                     yield event({**head, "choices": [choice], **usage})
@@ -150,9 +165,11 @@ class ChatAnswer:
             delta["tool_calls"] = [_call_delta(one) for one in update.delta.tool_calls]
         if delta or update.entries:
             logprobs = self._logprobs(update.entries) if update.entries else None
-            yield {"index": update.index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+            ids = self._new_ids(update.index)
+            yield {"index": update.index, "delta": delta, "logprobs": logprobs, "finish_reason": None, **ids}
         if update.finish_reason is not None:
-            yield {"index": update.index, "delta": {}, "logprobs": None, "finish_reason": update.finish_reason}
+            ids = self._new_ids(update.index)
+            yield {"index": update.index, "delta": {}, "logprobs": None, "finish_reason": update.finish_reason, **ids}
 
     def _logprobs(self, entries: Sequence[TokenEntry]) -> dict[str, Any] | None:
         if not self._body.logprobs:

@@ -123,6 +123,9 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: dict[str, Any] | None = Field(
         None, description="thinking_mode (enabled, disabled, adaptive), and variables of the checkpoint's template."
     )
+    return_token_ids: bool | None = Field(
+        None, description="Add prompt_token_ids, and token_ids to every choice: what was read and written, exactly."
+    )
     modalities: list[str] | None = Field(None, description='["text"] only.')
 
 
