@@ -323,12 +323,12 @@ def serve(
 @app.command("inspect")
 def inspect_answer(
     words: Annotated[
-        list[str] | None,
+        list[str],
         typer.Argument(
-            metavar="[MODEL] [PROMPT]",
+            metavar="[MODEL] PROMPT",
             help="Checkpoint folder or hub id (default: pocket), and what to ask; - reads it from stdin.",
         ),
-    ] = None,
+    ],
     image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Picture (repeatable).")] = None,
     video: Annotated[list[str] | None, typer.Option(metavar="FILE", help="Video (repeatable).")] = None,
     output: Annotated[
@@ -358,12 +358,11 @@ def inspect_answer(
     from minim3.cli.inspect import parse_layers, run_inspect
     from minim3.cli.session import LoadOptions, SamplingOptions
 
-    given = words or []
-    if len(given) > (1 if model is not None else 2):
-        raise ValueError(f"{len(given)} arguments were given: pass [MODEL] PROMPT, the prompt in quotes")
-    source = given[0] if len(given) == 2 else model
+    if len(words) > (1 if model is not None else 2):
+        raise ValueError(f"{len(words)} arguments were given: pass [MODEL] PROMPT, the prompt in quotes")
+    source = words[0] if len(words) == 2 else model
     run_inspect(
-        given[-1] if given else None, image or [], video or [],
+        words[-1], image or [], video or [],
         LoadOptions(source, device, dtype.value, threads, quantization, adapter),
         SamplingOptions(
             max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, greedy=greedy, seed=seed
