@@ -1,9 +1,11 @@
 """`minim3 serve`: an OpenAI-compatible server, and the chat page, until Ctrl-C or SIGTERM."""
 
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -74,9 +76,12 @@ def run_serve(options: LoadOptions, settings: Mapping[str, Any], *, replicas: in
     if replicas > 1:
         if find_spec("ray") is None:
             raise ValueError(f"--replicas {replicas} needs Ray Serve: pip install 'minim3[cluster]'")
+        from minim3.cli.session import choose_device
         from minim3.integrations.ray import run_replicas
 
-        return run_replicas(options, checked, replicas)
+        num_gpus = 1 if choose_device(options.device).type == "cuda" else 0
+        stopped_by = run_replicas(partial(load_app, options, checked), checked, replicas, num_gpus=num_gpus)
+        return INTERRUPTED if stopped_by == signal.SIGINT else 0
     return _serve(options, checked)
 
 
