@@ -119,9 +119,7 @@ def test_free_pages_full_of_nan_change_nothing(
     model: MiniMaxM3SparseForCausalLM, prompts: list[list[int]], budget: int, seed: int
 ) -> None:
     """Pitfall 17: what lies past the end of a sequence, in its last page or in pages of others, reaches no answer."""
-    engine = Engine(
-        model, max_tokens_per_step=budget, shuffle_seed=seed, poison=True, num_pages=40, max_running=3
-    )
+    engine = Engine(model, max_tokens_per_step=budget, shuffle_seed=seed, poison=True, num_pages=40, max_running=3)
     requests = [engine.add_request(prompt, SamplingParams(max_new_tokens=6)) for prompt in prompts]
     engine.run()
     engine.check_integrity()
@@ -153,6 +151,7 @@ def test_dense_layers_honour_the_cached_prefix() -> None:
 
 def test_index_keys_are_stored_beside_their_keys(model: MiniMaxM3SparseForCausalLM) -> None:
     """Pitfall 3: after pages were freed and used again, every slot holds the index key of its new owner."""
+
     def cached(engine: Engine, ids: list[int]) -> list[tuple[Tensor, ...]]:
         request = engine.add_request(ids, SamplingParams(max_new_tokens=2))
         engine.step()

@@ -234,9 +234,62 @@ def test_nan_logits_are_an_error_not_a_token() -> None:
         ("top_k", -1), ("top_k", 2.0), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1), ("min_p", 2),
         ("repetition_penalty", 0.0), ("seed", -1), ("seed", 2**64), ("logprobs", -1), ("logprobs", True),
         ("stop", "word"), ("stop", ("",)), ("eos_token_ids", 2), ("eos_token_ids", (-1,)), ("do_sample", 1),
-        ("ignore_eos", None),
+        ("ignore_eos", None), ("min_new_tokens", -1), ("min_new_tokens", 300), ("presence_penalty", 2.1),
+        ("frequency_penalty", float("nan")), ("logit_bias", {"a": 1.0}), ("logit_bias", {1: 101}), ("logit_bias", [1]),
+        ("include_stop_str_in_output", 1),
     ],
 )  # fmt: skip
 def test_bad_sampling_value_is_named(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=name):
         SamplingParams(**{name: value})
+
+
+def test_presence_and_frequency_count_the_answer_alone() -> None:
+    """Counted over the prompt too, a long prompt would forbid its own words; over one step, nothing repeats less."""
+    logits = torch.tensor([[4.0, 3.5, 3.2, 0.0]])
+    for name, penalty, expected in (
+        ("presence_penalty", 1.0, [0, 1, 2, 0, 0]),  # 4, then 3 for 0; 3.5, 2.5; 3.2, 2.2; then nothing changes
+        ("frequency_penalty", 0.6, [0, 1, 0, 2, 1]),
+        ("frequency_penalty", -0.6, [0, 0, 0, 0, 0]),
+    ):
+        params = SamplingParams(**{name: penalty})
+        sampler, request = Sampler(), make_request(params, [0, 0, 0, 1])
+        for _ in range(5):
+            request.token_ids += sampler.sample(logits, [request]).token_ids
+        assert request.output_ids == expected, name
+
+
+def test_bias_is_added_to_its_token_alone() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0]])
+    assert Sampler().sample(logits, [make_request(SamplingParams(logit_bias={0: 2.5}))]).token_ids == [0]
+    assert Sampler().sample(logits, [make_request(SamplingParams(logit_bias={2: -100, 1: 0.5}))]).token_ids == [1]
+    both = [make_request(SamplingParams(logit_bias={0: 100.0})), make_request(SamplingParams(), name="plain")]
+    assert Sampler().sample(logits.expand(2, -1), both).token_ids == [0, 2]
+    assert torch.equal(logits, torch.tensor([[1.0, 2.0, 3.0]]))
+
+
+def test_no_end_before_the_least_length() -> None:
+    """An end that is only unlikely comes early once in a while; tokens in advance count as if they stood."""
+    logits = torch.tensor([[1.0, 2.0, 9.0]])
+    request = make_request(SamplingParams(min_new_tokens=2, eos_token_ids=(2, 77)))
+    sampler = Sampler()
+    assert sampler.sample(logits.expand(3, -1), [request] * 3, [[], [1], [1, 1]]).token_ids == [1, 1, 2]
+    request.token_ids += [1, 1]
+    assert sampler.sample(logits, [request]).token_ids == [2]
+
+
+@settings(max_examples=30, deadline=None)
+@given(params=sampling_params, seed=st.integers(0, 10**6), ahead=st.lists(st.integers(0, 49), max_size=4))
+def test_a_row_behind_drafts_is_what_it_would_be_if_they_stood(
+    params: SamplingParams, seed: int, ahead: list[int]
+) -> None:
+    """Penalties that miss a draft, or a number from another place of the stream, judge drafts by another rule."""
+    params = replace(params, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: 1.0})
+    logits = make_logits(seed, rows=len(ahead) + 1)
+    request = make_request(params)
+    together = Sampler().sample(logits, [request] * len(logits), [ahead[:n] for n in range(len(logits))]).token_ids
+    sampler, stepwise = Sampler(), []
+    for row, draft_id in zip(logits, [*ahead, 0], strict=True):
+        stepwise += sampler.sample(row[None], [request]).token_ids
+        request.token_ids.append(draft_id)
+    assert together == stepwise

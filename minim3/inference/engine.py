@@ -155,9 +155,9 @@ class Engine:
             priority: requests of a higher one go first, and take pages from those of a lower one.
 
         Raises:
-            ValueError: an empty prompt, one longer than the model, an id outside the vocabulary, media that do not
-                match the placeholders, stop strings without a detokenizer, a name already running, or a request too
-                large for the cache.
+            ValueError: an empty prompt, one longer than the model, an id outside the vocabulary (also of logit_bias),
+                media that do not match the placeholders, stop strings without a detokenizer, a name already running,
+                or a request too large for the cache.
         """
         params = SamplingParams() if params is None else params
         request_id = uuid.uuid4().hex if request_id is None else request_id
@@ -167,6 +167,7 @@ class Engine:
             raise ValueError(f"stop strings {params.stop!r} need a tokenizer, to turn ids into text")
         token_ids = [int(token_id) for token_id in prompt_ids]
         self._check_prompt(token_ids)
+        self._check_bias(params)
         if media is not None and not isinstance(media, Media):
             media = Media.of(media)
         placeholders = find_placeholders(self.model, token_ids, media)
@@ -377,6 +378,12 @@ class Engine:
         request.finish_reason = reason
         request.draft_ids = []
         request.media = None  # its pixels and features are not needed any more
+
+    def _check_bias(self, params: SamplingParams) -> None:
+        vocab_size = self.model.text_config.vocab_size
+        for token_id in params.logit_bias:
+            if token_id >= vocab_size:
+                raise ValueError(f"logit_bias names token {token_id}, the vocabulary has ids 0 to {vocab_size - 1}")
 
     def _check_prompt(self, token_ids: Sequence[int]) -> None:
         config = self.model.text_config

@@ -62,7 +62,7 @@ def digest_media(model: "CausalLM", media: Media) -> None:
             continue
         rows = [t * h * w for t, h, w in grid.tolist()]
         if sum(rows) != pixels.shape[0]:
-            raise ValueError(f"the {kind} grid makes {sum(rows)} patches, but {pixels.shape[0]} were given")
+            raise ValueError(f"{kind}_grid_thw makes {sum(rows)} patches, but {pixels.shape[0]} were given")
         patches = pixels.detach().cpu().contiguous().split(rows)
         media.digests[getattr(model.config, field)] = [
             (num_features, sha256(f"{kind} {size} {part.dtype} ".encode() + _bytes(part)).digest())
