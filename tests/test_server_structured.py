@@ -99,6 +99,13 @@ def test_a_recursive_schema_works(tokenizer: Tokenizer) -> None:
     )
 
 
+def test_json_has_no_room_for_endless_blanks(tokenizer: Tokenizer) -> None:
+    """A model that is lost writes blanks wherever it may, until its limit."""
+    guide = guide_for(tokenizer, schema_format({"type": "object", "properties": {"a": {"type": "integer"}}}))
+    follow(guide, tokenizer, tokenizer.encode('{"a": '))
+    assert not any(tokenizer.token_bytes(one)[:1].isspace() for one in allowed(guide, tokenizer))
+
+
 def test_json_object_is_an_object(tokenizer: Tokenizer) -> None:
     for seed in range(5):
         value = json.loads(tokenizer.decode(answer(tokenizer, guide_for(tokenizer, {"type": "json_object"}), seed)))

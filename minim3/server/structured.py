@@ -28,8 +28,9 @@ from minim3.server.guides import Grammar, GrammarError, GrammarGuide, Vocabulary
 from minim3.server.settings import ServerSettings
 from minim3.server.tool_grammar import call_grammar
 
-# Between two tokens of JSON: enough to indent deeply nested objects, never enough to write blanks until the limit.
-_JSON_OPTIONS: dict[str, Any] = {"whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}"}
+# JSON on one line, with or without a space after its separators. Wherever blanks are free, a small model that is not
+# sure what comes next writes blanks until its limit.
+_JSON_OPTIONS: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _KINDS = ("text", "json_object", "json_schema", "regex", "choice", "grammar")
 _EXTRAS = {
     "json": "json_schema",
