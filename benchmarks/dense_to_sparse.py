@@ -50,6 +50,7 @@ def stages() -> list[Stage]:
     convert = json.dumps(warm_up.to_dict()["model"]["convert_to_sparse"])
     attention = json.dumps(sparse_attention_config(dense.model.config, warm_up))
     of_indexer = [f"loss.indexer_kl_weight={sparse.loss.indexer_kl_weight}", "loss.recall_every_steps=25"]
+    of_indexer += ["loss.indexer_kl_every_steps=2"]  # there are steps enough
     both = warm_up.steps + sparse.steps
     return [
         Stage("dense", "retrieval_dense"),
@@ -143,9 +144,9 @@ def plot(path: Path, output: Path, scores: Mapping[str, float]) -> None:
             label = f"{name}, {layer.replace('_', ' ')}"
             recalls.plot(list(curve), list(curve.values()), style, color=f"C{number}", label=label)
     recalls.set(title="attention inside the chosen blocks", xlabel="step of the stage", ylabel="share", ylim=(0, 1))
-    recalls.legend(fontsize=7)
-    bars.barh(list(scores), list(scores.values()), color="C0")
-    bars.set(title="questions answered at 2,048 tokens", xlabel="%", xlim=(0, 100))
+    recalls.legend(fontsize=7, loc="lower right")
+    bars.bar_label(bars.barh(list(scores), list(scores.values()), color="C0"), fmt="%.1f", padding=3)
+    bars.set(title="questions answered at 2,048 tokens", xlabel="%", xlim=(0, 112))
     bars.invert_yaxis()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
