@@ -6,6 +6,7 @@ After every one of them the server answers the next request, and every page of t
 import json
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,8 +16,8 @@ from minim3.processing.processor import MiniMaxM3VLProcessor
 from minim3.server.settings import ServerSettings
 from tests.running_servers import Running, pocket, running
 from tests.structured_answers import schema_format
-from tests.test_server_media import BAD_CLIPS, BAD_PICTURES, data_url, image_part, video_part
-from tests.test_server_structured_bombs import BOMBS
+from tests.test_server_media import BAD_CLIPS, BAD_PICTURES, data_url, image_part, picture, video_part
+from tests.test_server_structured_bombs import BOMBS, SLOW_STEPS
 
 SETTINGS = ServerSettings(page=False, max_body_bytes=8 * 2**20, max_json_depth=64)
 CONTROL = ["]~!b[", "]~b]", "[e~[", "<mm:think>", "</mm:think>", "]<]minimax[>[", "]<]image[>[", "]<]video[>["]
@@ -77,6 +78,32 @@ def test_urls_are_off(client: httpx.Client) -> None:
             check_refusal(client.post("/v1/chat/completions", json=ask(part)))
 
 
+def test_no_route_opens_a_file_of_this_machine(tmp_path: Path) -> None:
+    """Routes that hand messages to the processor themselves are one forgotten check away from it."""
+    (tmp_path / "secret.png").write_bytes(picture(56, 56))
+    path = str(tmp_path / "secret.png")
+    parts: list[dict[str, Any]] = [
+        {"type": "image", "path": path}, {"type": "image", "image": path, "text": "x"}, image_part(path),
+        {"type": "image_url", "image_url": f"file://{path}"}, {"type": "video", "video": [path]},
+        {"type": "video", "path": str(tmp_path)},
+    ]  # fmt: skip
+    question = {"role": "user", "content": "What is this?"}
+    with running(ServerSettings()) as server, server.http() as client:
+        for part in parts:
+            shown = {"role": "user", "content": [part, {"type": "text", "text": "x"}]}
+            for body in (
+                {"messages": [shown], "answer": {"role": "assistant", "content": "Hi"}},
+                {"messages": [question], "answer": shown},
+                {"messages": [question], "answer": {**shown, "role": "assistant"}},
+            ):
+                check_refusal(client.post("/v1/inspect", json=body))
+            check_refusal(client.post("/v1/chat/completions", json={"messages": [shown]}))
+            check_refusal(client.post("/v1/responses", json={"input": [shown]}))
+        with pytest.raises(ValueError, match="files are off"):
+            server.state.processor.apply_chat_template([{"role": "user", "content": [parts[0]]}])
+        server.wait_idle()
+
+
 def test_huge_base64_is_refused_by_its_length(client: httpx.Client) -> None:
     body = json.dumps(ask(image_part("data:image/png;base64," + "A" * 9 * 2**20)))
     start = time.monotonic()
@@ -110,6 +137,21 @@ def test_bombs_of_schemas_and_grammars(client: httpx.Client, name: str) -> None:
         body = json.dumps(ask(response_format=BOMBS[name]))
     headers = {"Content-Type": "application/json"}
     check_refusal(client.post("/v1/chat/completions", content=body, headers=headers))
+
+
+@pytest.mark.parametrize("name", SLOW_STEPS)
+def test_grammars_that_are_slow_to_follow(client: httpx.Client, name: str) -> None:
+    """An answer inside the grammar, or an error: never half an answer that passes as a whole one."""
+    body = ask(response_format=SLOW_STEPS[name], chat_template_kwargs={"thinking_mode": "disabled"})
+    answer = client.post("/v1/chat/completions", json={**body, "max_tokens": 40})
+    if answer.status_code != 200:
+        error = check_refusal(answer)
+        assert error["code"] in ("grammar_failed", "invalid_grammar")
+    if name == "dead end":
+        assert answer.status_code == 400
+        assert answer.json()["error"]["code"] == "grammar_failed"
+        streamed = client.post("/v1/chat/completions", json={**body, "max_tokens": 40, "stream": True}).text
+        assert '"code":"grammar_failed"' in streamed.replace('": "', '":"')
 
 
 def test_bombs_in_tools(client: httpx.Client) -> None:

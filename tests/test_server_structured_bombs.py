@@ -107,7 +107,7 @@ SLOW_STEPS: dict[str, Any] = {
     "many strings": schema_format(doubled(28)),
     "long list": schema_format({"type": "array", "minItems": 1000000, "items": {"type": "string"}}),
     "wide rule": {"type": "grammar", "grammar": "start: " + " | ".join(f'"{i}"' for i in range(6000))},
-    "dead end": {"type": "grammar", "grammar": 'start: "a" <mm:think> "b"'},
+    "dead end": {"type": "grammar", "grammar": 'start: /[a-z]{9}/ <mm:think> "b"'},
 }
 
 

@@ -40,7 +40,7 @@ def run(mode: str, options: dict[str, Any], *, do_sample: bool, **engine_options
             guide = structured.make_guide(
                 processor, model.text_config.vocab_size, ServerSettings(), thinking_mode=mode, **options
             )
-        sampling = {"do_sample": True, "temperature": 3.0, "seed": seed} if do_sample else {}
+        sampling: dict[str, Any] = {"do_sample": True, "temperature": 3.0, "seed": seed} if do_sample else {}
         params = SamplingParams(max_new_tokens=150, eos_token_ids=processor.tokenizer.eos_token_ids, **sampling)
         requests.append(engine.add_request(inputs["input_ids"][0].tolist(), params, guide=guide))
     engine.run()

@@ -42,6 +42,7 @@ def create_app(
     metrics = Metrics()
     driver = EngineDriver(engine, settings, metrics)
     metrics.watch(driver)
+    processor = without_files(processor, settings)
     state = ServerState(settings=settings, model=model, processor=processor, driver=driver, metrics=metrics)
 
     @asynccontextmanager
@@ -77,6 +78,17 @@ def create_app(
         )
     app.add_middleware(RequestMiddleware, state=state)
     return app
+
+
+def without_files(processor: MiniMaxM3VLProcessor, settings: ServerSettings) -> MiniMaxM3VLProcessor:
+    """The same processor, which opens no file: whatever a route hands it, this machine's disk is not for clients."""
+    images, videos = processor.image_processor, processor.video_processor
+    return MiniMaxM3VLProcessor(
+        images and images.with_settings(allow_files=False, max_picture_pixels=settings.max_pixels),
+        processor.tokenizer,
+        videos and videos.with_settings(allow_files=False, max_picture_pixels=settings.max_video_pixels),
+        processor.chat_template,
+    )
 
 
 def make_engine(settings: ServerSettings, model: Any) -> Engine:
