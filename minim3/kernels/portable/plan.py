@@ -164,6 +164,12 @@ class PagedPlan:
         found = cache.physical(self.page_table, logical)
         return (found[:, None] + cache.head_starts(device)[:, None]).flatten(0, 1)
 
+    def apart(self) -> "PagedPlan":
+        """The only sequence as one a new token: queries need not be turned then, and keys are read once each."""
+        (r,) = self.requests
+        table, lengths = self.page_table[r.sequence].expand(r.num_queries, -1), range(r.position(0) + 1, r.length + 1)
+        return PagedPlan(table, list(lengths), list(range(r.num_queries + 1)), self.page_size, self.memory)
+
     def part(self, requests: Sequence[Request]) -> "Part":
         """A plan for some of the sequences alone, in the order given."""
         if list(requests) == self.requests and len(requests) == self.page_table.shape[0]:

@@ -10,6 +10,9 @@ from minim3.kernels.portable.decode import Chosen, Dense
 from minim3.kernels.portable.paged import FEW_TOKENS, like_parts
 from minim3.kernels.portable.plan import CacheRows, PagedPlan, Part
 
+_SHORT_TOKENS = 512
+"""New tokens of one sequence up to this long are sooner attended each as a sequence of its own."""
+
 
 class Indexer(NamedTuple):
     """Of a sparse layer: cache rows of its index keys, its index heads, their dimension, and its selection."""
@@ -54,16 +57,20 @@ class StepAttention:
             if over and (not indexer.selection["local_blocks"] or any(r.position(0) < budget for r in over)):
                 return None
         kind = (cache, group, dim, None if indexer is None else (*indexer[:3], *indexer.selection.values()))
+        if len(plan.requests) == 1 and plan.requests[0].num_queries > 1 and plan.requests[0].length <= _SHORT_TOKENS:
+            plan = plan.once("apart", plan.apart)
         if len(plan.requests) > 1 or plan.requests[0].num_queries > 1 or plan.page_table.shape[0] > 1:
             return plan.once(("step", *kind), lambda: cls(plan, cache, group, dim, indexer))
-        # One sequence: most steps write into the row of the step before, and differ from it in one token.
+        # One sequence: most steps write into the row of the step before, and differ from it in a token or a few.
         length = plan.requests[0].length
         pages = plan.page_table[0, : -(-length // plan.page_size)].tolist()
         last = plan.memory.steps.get(kind)
         if last is not None and last.pages == pages and last.length == length:
             return last.attention  # that of another kind of layer, which differs in nothing that matters in this step
-        if last is not None and last.pages == pages and last.length == length - 1 and last.length % cache.tokens:
-            last.attention.advance()
+        same_row = last is not None and (last.length - 1) // cache.tokens == (length - 1) // cache.tokens
+        if last is not None and same_row and last.pages == pages and last.length < length <= last.length + FEW_TOKENS:
+            for _ in range(length - last.length):
+                last.attention.advance()
             plan.memory.steps[kind] = last._replace(length=length)
             return last.attention
         attention = cls(plan, cache, group, dim, indexer)
