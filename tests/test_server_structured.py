@@ -296,6 +296,22 @@ def check_calls(tokenizer: Tokenizer, ids: list[int], tools: list[dict[str, Any]
     return [call.name for call in parsed.tool_calls]
 
 
+def writable(schema: Any) -> bool:
+    """Whether the format of calls can say it: no quote in a name, and no form of a text, which only JSON enforces."""
+    if isinstance(schema, dict):
+        return not {'quote"d', "pattern", "format"} & set(schema) and all(map(writable, schema.values()))
+    return all(map(writable, schema)) if isinstance(schema, list) else schema != 'quote"d'
+
+
+@QUICK
+@given(schema=SCHEMAS.filter(writable), seed=st.integers(0, 2**31))
+def test_arguments_are_valid_for_random_schemas(tokenizer: Tokenizer, schema: Any, seed: int) -> None:
+    """The format has no quotes and no brackets: what a value is, its schema must still be able to tell."""
+    parameters = {"type": "object", "properties": {"value": schema}, "required": ["value"]}
+    guide = guide_for(tokenizer, tools=[tool("f", parameters)], tool_choice="required", parallel=False)
+    check_calls(tokenizer, answer(tokenizer, guide, seed), [tool("f", parameters)])
+
+
 @pytest.mark.parametrize("mode", ["enabled", "disabled", "adaptive"])
 def test_required_is_always_a_call_with_valid_arguments(tokenizer: Tokenizer, mode: str) -> None:
     names = set()

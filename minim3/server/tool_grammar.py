@@ -185,6 +185,8 @@ class _Rules:
             least, most = node.get("minItems"), node.get("maxItems")
             low = least if isinstance(least, int) and least > 0 else 0
             high = str(most) if isinstance(most, int) and most >= low else ""
+            if high == "0":
+                return self._add('""')
             return self._add(f"({self._element('item', self._value(node['items']))}){{{low},{high}}}")
         if kind == "object" and isinstance(node.get("properties"), Mapping) and node["properties"]:
             return self._add(self._elements(node))
@@ -196,6 +198,8 @@ class _Rules:
     def _string(self, node: Mapping[str, Any]) -> str:
         least, most = node.get("minLength"), node.get("maxLength")
         low = least if isinstance(least, int) and least > 0 else 0
+        if most == 0:
+            return self._add('""')
         if isinstance(most, int) and most >= low:
             return self._add(f"/(?s:.){{{low},{most}}}/")
         return self._add(f"/(?s:.){{{low},}}/") if low else _TEXT
