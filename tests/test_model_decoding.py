@@ -62,9 +62,7 @@ def embeddings(batch: ForwardBatch) -> Tensor:
     return torch.randn(batch.num_tokens, 32, generator=torch.Generator().manual_seed(batch.num_tokens))
 
 
-def step_of(
-    model: MiniMaxM3SparseForCausalLM, steps: Steps, page_size: int = 4
-) -> tuple[Tensor, ForwardBatch]:
+def step_of(model: MiniMaxM3SparseForCausalLM, steps: Steps, page_size: int = 4) -> tuple[Tensor, ForwardBatch]:
     batch = cached(model, steps, page_size)
     return embeddings(batch), batch
 
@@ -154,6 +152,55 @@ def test_step_after_step_is_right(page_size: int, shuffle_seed: int | None) -> N
             want = model.text_model.forward_packed(x[position : position + 1], theirs)
         assert got is not None
         assert (got - want).abs().max() <= 1e-5 * want.abs().max(), position
+
+
+@pytest.mark.parametrize("page_size", [4, 8])
+def test_steps_of_a_few_tokens_go_on_from_each_other(page_size: int) -> None:
+    """Verification of drafts: two or three tokens, of which one or more stay; into the next row, past the budget."""
+    model = tiny_models.text_model(2)
+    decoding, scratch = prepared(model), Scratch()
+    caches = [PagedCache(model.text_config, page_size=page_size, shuffle_seed=1, poison=True) for _ in range(2)]
+    request = Request(request_id="r", token_ids=[3], num_prompt_tokens=1, max_new_tokens=1, params=SamplingParams())
+    x = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
+    for cache in caches:
+        request.pages = []
+        cache.extend(request, 60)
+    pages, start = torch.tensor([request.pages]), 0
+    for count, kept in [
+        (1, 1),
+        (2, 1),
+        (2, 2),
+        (2, 1),
+        (2, 2),
+        (3, 1),
+        (2, 2),
+        (2, 1),
+        (3, 3),
+        (2, 2),
+        (2, 2),
+        (2, 1),
+        (3, 2),
+    ] * 2:
+        positions = torch.arange(start, start + count)
+        slots = torch.tensor(caches[0].slots(request, start, start + count))
+        ours, theirs = (
+            ForwardBatch(
+                positions, (count,), (start + count,),
+                PagedContext(cache.layers, pages, slots, page_size, scratch if cache is caches[0] else None),
+            )
+            for cache in caches
+        )  # fmt: skip
+        with torch.inference_mode():
+            got = decoding.forward_packed(x[start : start + count], ours)
+            want = model.text_model.forward_packed(x[start : start + count], theirs)
+        if got is None:  # one query within the budget, one beyond it
+            assert start < 8 < start + count
+            for ours_layer, theirs_layer in zip(caches[0].layers, caches[1].layers, strict=True):
+                for mine, right in zip(ours_layer.tokens, theirs_layer.tokens, strict=True):
+                    mine.copy_(right)
+        else:
+            assert (got - want).abs().max() <= 1e-5 * want.abs().max(), (start, count)
+        start += kept
 
 
 def test_tables_of_other_pages_are_not_gone_on_from() -> None:

@@ -102,7 +102,9 @@ class Drafter:
                 hidden_TH = self._run(depth, hidden_TH, ids, batch)
                 if not places:
                     continue
-                hidden_NH = hidden_TH[torch.tensor([ends[place] for place in places], device=hidden_TH.device)]
+                hidden_NH = hidden_TH[-1:]  # of one sequence alone
+                if len(plan) > 1:
+                    hidden_NH = hidden_TH[torch.tensor([ends[place] for place in places], device=hidden_TH.device)]
             else:
                 if len(places) < len(drafted):
                     hidden_NH = hidden_NH[torch.tensor([drafted.index(place) for place in places])]

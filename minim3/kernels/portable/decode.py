@@ -137,6 +137,7 @@ class Dense(_Attention):
             self._follows = plan.first_page(cache)
         self.found = padded(plan.head_rows(cache), layout).view(self.entries, layout.chunks, layout.rows)
         self._index: Tensor | None = None
+        self._first_tokens: Tensor | None = None
 
     def advance(self) -> None:
         """Go on to the next token of the only sequence, which lies in the row of the last."""
@@ -145,8 +146,16 @@ class Dense(_Attention):
             index = self._index.view(-1, self.layout.chunks, self.num_rows, self.layout.width)
             index[:, -1, :, column:].add_(1)
 
+    def advance_all(self, num_tokens: int) -> None:
+        """Go on by so many tokens in every sequence; see `Seen.advance_all`."""
+        self.seen.advance_all(num_tokens)
+        if self._index is not None:
+            self.token_index(self.first_tokens(), self.num_rows, self._index)
+
     def first_tokens(self) -> Tensor:
-        return (self.found * self.layout.tokens).int()
+        if self._first_tokens is None:
+            self._first_tokens = (self.found * self.layout.tokens).int()
+        return self._first_tokens
 
     def bag_index(self) -> Tensor:
         if self._index is None:  # the same in every layer

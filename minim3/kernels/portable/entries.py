@@ -62,8 +62,9 @@ class Seen:
         self._known: tuple[Tensor, Tensor, Tensor] | None = None
         if any(count != lowest for s in seen for count in s) or (lowest < last):
             place = torch.arange(self.whole, device=device).view(layout.chunks, 1, layout.width)
-            counts = torch.tensor(seen, device=device).repeat_interleave(group, dim=1)
-            self._mask = place[self._first :, :, self._column :] >= counts[:, None, None, :, None]
+            counts = torch.tensor(seen, device=device).repeat_interleave(group, dim=1)[:, None, None, :, None]
+            self._compared = place[self._first :, :, self._column :], counts
+            self._mask = torch.ge(*self._compared)
         self._hides = lowest < self.whole
         # Of the values, what lies behind the last is read as the last (the tables of rows end alike).
         stop = torch.tensor(stored, device=device).view(-1, 1, 1, 1, 1)
@@ -71,6 +72,21 @@ class Seen:
         within = torch.arange(layout.tokens, device=device)
         offsets = torch.where(row * layout.tokens + within < stop, within, (stop - 1) % layout.tokens)
         self.offsets = offsets.int()
+        self._stop, self._within = stop, within
+
+    @property
+    def differs(self) -> bool:
+        """Whether some query sees more keys than another."""
+        return self._mask is not None
+
+    def advance_all(self, num_tokens: int) -> None:
+        """Let every query see so many keys more. All lie in the last row of the only chunk, and so do the last now."""
+        assert self._mask is not None
+        assert self.layout.chunks == 1
+        place, counts = self._compared
+        torch.ge(place, counts.add_(num_tokens), out=self._mask)
+        last = self._stop.add_(num_tokens).sub(1).remainder_(self.layout.tokens)
+        self.offsets[:, :, :, -1:] = torch.minimum(self._within, last)
 
     def advance(self) -> int:
         """Let the only query there is see one key more, in the row of the last; returns its column in its chunk."""

@@ -57,30 +57,37 @@ class StepAttention:
             if over and (not indexer.selection["local_blocks"] or any(r.position(0) < budget for r in over)):
                 return None
         kind = (cache, group, dim, None if indexer is None else (*indexer[:3], *indexer.selection.values()))
-        if len(plan.requests) == 1 and plan.requests[0].num_queries > 1 and plan.requests[0].length <= _SHORT_TOKENS:
+        is_one = len(plan.requests) == plan.page_table.shape[0] == 1
+        if is_one and plan.requests[0].num_queries > 1 and plan.requests[0].length <= _SHORT_TOKENS:
             plan = plan.once("apart", plan.apart)
-        if len(plan.requests) > 1 or plan.requests[0].num_queries > 1 or plan.page_table.shape[0] > 1:
+            is_one = indexer is None
+        if not is_one or plan.requests[0].num_queries > 1:
             return plan.once(("step", *kind), lambda: cls(plan, cache, group, dim, indexer))
         # One sequence: most steps write into the row of the step before, and differ from it in a token or a few.
-        length = plan.requests[0].length
+        queries, length = len(plan.requests), plan.requests[-1].length
+        key = (queries, *kind)
         pages = plan.page_table[0, : -(-length // plan.page_size)].tolist()
-        last = plan.memory.steps.get(kind)
+        last = plan.memory.steps.get(key)
         if last is not None and last.pages == pages and last.length == length:
             return last.attention  # that of another kind of layer, which differs in nothing that matters in this step
-        same_row = last is not None and (last.length - 1) // cache.tokens == (length - 1) // cache.tokens
+        same_row = last is not None and (last.length - queries) // cache.tokens == (length - 1) // cache.tokens
         if last is not None and same_row and last.pages == pages and last.length < length <= last.length + FEW_TOKENS:
-            for _ in range(length - last.length):
-                last.attention.advance()
-            plan.memory.steps[kind] = last._replace(length=length)
+            last.attention.advance(length - last.length)
+            plan.memory.steps[key] = last._replace(length=length)
             return last.attention
         attention = cls(plan, cache, group, dim, indexer)
-        plan.memory.steps[kind] = _Last(pages, length, attention)
+        if queries == 1 or (len(attention._parts) == 1 and attention._parts[0][2].layout.chunks == 1):
+            plan.memory.steps[key] = _Last(pages, length, attention)
         return attention
 
-    def advance(self) -> None:
-        """Go on to the next token of the only sequence, which lies in the cache row of the last."""
+    def advance(self, num_tokens: int) -> None:
+        """Go on by so many tokens of the only sequence, which lie in the cache row of the last."""
         ((_, _, attention),) = self._parts
-        attention.advance()
+        if isinstance(attention, Dense) and attention.seen.differs:
+            attention.advance_all(num_tokens)
+        else:
+            for _ in range(num_tokens):
+                attention.advance()
 
     def __call__(
         self, q: Tensor, index_q: Tensor | None, k_rows: Tensor, v_tokens: Tensor, index_rows: Tensor | None
