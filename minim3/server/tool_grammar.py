@@ -144,12 +144,12 @@ class _Rules:
             return self._add(" | ".join(map(lark_string, texts))) if texts else _TEXT
         for key in ("anyOf", "oneOf"):
             if isinstance(node.get(key), list) and node[key]:
-                return self._any(self._value(one) for one in node[key])
+                return self._any(self._value(_not_empty(one)) for one in node[key])
         if isinstance(node.get("allOf"), list):
             return self._value(node["allOf"][0]) if len(node["allOf"]) == 1 else _TEXT
         types = node.get("type")
         if isinstance(types, list) and types:
-            return self._any(self._typed(node, one) for one in types)
+            return self._any(self._typed(_not_empty(node) if len(types) > 1 else node, one) for one in types)
         if types is None:
             types = "object" if "properties" in node else "array" if "items" in node else "string"
         return self._typed(node, types)
@@ -206,6 +206,13 @@ class _Rules:
 
     def _json(self, schema: Mapping[str, Any]) -> str:
         return self._add("%json " + json.dumps({**schema, "x-guidance": _COMPACT}))
+
+
+def _not_empty(node: Any) -> Any:
+    """One branch of several. An empty list is written as nothing, which would be read as an object or a text."""
+    if isinstance(node, Mapping) and "items" in node and node.get("maxItems") != 0:
+        return {**node, "minItems": max(1, node["minItems"] if isinstance(node.get("minItems"), int) else 0)}
+    return node
 
 
 def _is_text(value: Any) -> bool:
