@@ -10,7 +10,7 @@ from benchmarks.report import print_table
 
 HERE = Path(__file__).parent
 NOT_BENCHMARKS = {"__init__", "__main__", "report"}
-HOURS = {"dense_to_sparse"}  # trainings, which are run by themselves
+HOURS = {"dense_to_sparse", "serving_load"}  # trainings and ten minutes of load, which are run by themselves
 
 
 def main() -> None:
