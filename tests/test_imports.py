@@ -134,6 +134,7 @@ def lines_for_types(path: Path) -> set[int]:
             found |= {inner.lineno for inner in node.body}
     return found
 
+
 def test_import_minim3_is_cheap() -> None:
     """`minim3 --version` and every process that only wants a config must not wait for torch."""
     check = (
