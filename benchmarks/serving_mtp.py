@@ -50,9 +50,9 @@ def answer(model: Any, inputs: Mapping[str, Any], params: SamplingParams, num_dr
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3], help="drafts a step to try")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2], help="drafts a step to try")
     parser.add_argument("--conversations", type=int, default=24)
-    parser.add_argument("--turns", type=int, default=8, help="questions before the last one")
+    parser.add_argument("--turns", type=int, default=3, help="questions before the last one")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)  # pocket's products are too small to share

@@ -200,14 +200,14 @@ class DecodingMoE:
             ("experts of few", self.width, len(chosen[0]), self.joined), lambda: self._expert_rows(space.tokens)
         )
         gate_up, out = iter(rows.gate_up), iter(rows.out)
-        for token, picks in zip(normed.all.unbind(), chosen):
+        for token, picks in zip(normed.each(), chosen):
             for expert, _ in picks:
                 torch.mv(self.w13[expert], token, out=next(gate_up))
         if self.joined:
             assert self.shared is not None
             torch.mm(normed.all, self.shared.gate_up.turned, out=rows.act.gate_up[-space.tokens :])
         rows.act()
-        for total, picks in zip(x.all.unbind(), chosen):
+        for total, picks in zip(x.each(), chosen):
             for expert, weight in picks:
                 torch.addmv(total, self.w2[expert], next(out), alpha=weight, out=total)
         if self.joined:

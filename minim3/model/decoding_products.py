@@ -22,6 +22,14 @@ class Rows:
         self.row = rows[0]
         self.single = rows.shape[0] == 1
         self._short: Tensor | None = None
+        self._each: tuple[Tensor, ...] | None = None
+
+    def each(self) -> tuple[Tensor, ...]:
+        """The rows one by one."""
+        if self._each is None:
+            with torch.inference_mode(False):
+                self._each = self.all.unbind()
+        return self._each
 
     def short(self) -> Tensor:
         """A copy in bf16, which products of quantized weights take."""
