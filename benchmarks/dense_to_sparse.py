@@ -1,9 +1,9 @@
 """Converting a dense model to sparse attention: what the warm-up of the indexers is worth.
 
-A small model learns to look up pairs in contexts of 2,048 tokens (`minim3.training.retrieval`), densely; it is
-converted to block-sparse attention with an eighth of the context for a budget, and its score is taken again on the same
-held-out documents. Beside it: the same conversion without the warm-up, trained as long as both stages, and a model that
-was sparse from its first step on, trained as long as all stages together.
+A small model learns to look up pairs, first in short rows, then in contexts of 2,048 tokens
+(`minim3.training.retrieval`), densely; it is converted to block-sparse attention with an eighth of the context for a
+budget, and its score is taken again on the same held-out documents. Beside it: the same conversion without the warm-up,
+trained as long as both stages, and a model that was sparse from its first step on, trained as long as all together.
 
     python -m benchmarks.dense_to_sparse --output runs/dense-to-sparse-study --plot docs/dense_to_sparse.png
 
@@ -27,7 +27,7 @@ from minim3.training.loss import compute_losses
 from minim3.training.trainer import train
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-SCORED_BATCHES = 16  # of four documents with 64 questions each
+SCORED_BATCHES = 32  # of two documents with 64 questions each
 BAR = -2.0  # points that a warmed-up conversion may lose
 QUICK_STEPS = 2
 
@@ -43,24 +43,26 @@ class Stage:
 
 
 def stages() -> list[Stage]:
-    dense, warm_up = (load_recipe(RECIPES / f"{name}.yaml") for name in ("retrieval_dense", "indexer_warmup"))
-    sparse = load_recipe(RECIPES / "dense_to_sparse.yaml")
-    assert dense.model.config is not None
+    names = ("retrieval_short", "retrieval_dense", "indexer_warmup", "dense_to_sparse")
+    short, dense, warm_up, sparse = (load_recipe(RECIPES / f"{name}.yaml") for name in names)
+    assert short.model.config is not None
     assert warm_up.model.convert_to_sparse is not None
     convert = json.dumps(warm_up.to_dict()["model"]["convert_to_sparse"])
-    attention = json.dumps(sparse_attention_config(dense.model.config, warm_up))
+    attention = json.dumps(sparse_attention_config(short.model.config, warm_up))
     of_indexer = [f"loss.indexer_kl_weight={sparse.loss.indexer_kl_weight}", "loss.recall_every_steps=25"]
     of_indexer += ["loss.indexer_kl_every_steps=2"]  # there are steps enough
     both = warm_up.steps + sparse.steps
     return [
-        Stage("dense", "retrieval_dense"),
+        Stage("short", "retrieval_short"),
+        Stage("dense", "retrieval_dense", "short"),
         Stage("warm-up", "indexer_warmup", "dense"),
         Stage("with warm-up", "dense_to_sparse", "warm-up"),
         Stage("without warm-up", "dense_to_sparse", "dense", [f"steps={both}", f"model.convert_to_sparse={convert}"]),
         Stage(
-            "sparse from scratch", "retrieval_dense", None,
-            [f"steps={dense.steps + both}", f"model.config.sparse_attention_config={attention}", *of_indexer],
+            "short, sparse", "retrieval_short", None,
+            [f"model.config.sparse_attention_config={attention}", *of_indexer],
         ),
+        Stage("sparse from scratch", "retrieval_dense", "short, sparse", [f"steps={dense.steps + both}", *of_indexer]),
     ]  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def sparse_attention_config(config: Mapping[str, Any], warm_up: TrainingConfig) 
 
 
 def recipe_of(stage: Stage, output: Path, quick: bool) -> TrainingConfig:
-    overrides = [f"output={output / stage.name.replace(' ', '-')}", *stage.overrides]
+    overrides = [f"output={folder_of(stage.name, output)}", *stage.overrides]
     if stage.start_from is not None:
         overrides.append(f"model.start_from={export_of(stage.start_from, output)}")
     if quick:
@@ -92,8 +94,12 @@ def recipe_of(stage: Stage, output: Path, quick: bool) -> TrainingConfig:
     return load_recipe(RECIPES / f"{stage.recipe}.yaml", overrides)
 
 
+def folder_of(name: str, output: Path) -> Path:
+    return output / name.replace(",", "").replace(" ", "-")
+
+
 def export_of(name: str, output: Path) -> Path:
-    return output / name.replace(" ", "-") / "export"
+    return folder_of(name, output) / "export"
 
 
 @torch.no_grad()
@@ -113,14 +119,14 @@ def score(recipe: TrainingConfig, checkpoint: Path, num_batches: int, convert: A
 
 def history(output: Path, name: str, key: str) -> dict[int, float]:
     """A curve of a stage's log: step -> value."""
-    path = output / name.replace(" ", "-") / "metrics.jsonl"
+    path = folder_of(name, output) / "metrics.jsonl"
     lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return {line["step"]: line[key] for line in lines if key in line}
 
 
 def recall_curves(output: Path, name: str) -> dict[str, dict[int, float]]:
     """Recall of every sparse layer of a stage."""
-    path = output / name.replace(" ", "-") / "metrics.jsonl"
+    path = folder_of(name, output) / "metrics.jsonl"
     keys = {key for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()) for key in line}
     layers = sorted(key.removeprefix("recall.") for key in keys if key.startswith("recall."))
     return {layer: history(output, name, f"recall.{layer}") for layer in layers}

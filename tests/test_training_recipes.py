@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from minim3.config import config_from_dict
+from minim3.training import copying
 from minim3.training.config import TrainingConfig, load_recipe, parse_recipe
 from minim3.training.data import BatchBuilder
 from minim3.training.retrieval import ASK, CONTROL_IDS, RetrievalSource, SymbolProcessor
@@ -89,7 +90,7 @@ def dense_config(**changes: Any) -> dict[str, Any]:
 def dense(tmp_path: Path) -> Path:
     """A dense checkpoint, as the recipe for one leaves it."""
     changes = {"steps": 3, "model": {"config": dense_config()}}
-    train(small("retrieval_dense", tmp_path / "dense", changes))
+    train(small("retrieval_short", tmp_path / "dense", changes))
     return tmp_path / "dense" / "export"
 
 
@@ -182,9 +183,12 @@ def test_documents_of_a_source_are_numbered_and_drawn_by_weight() -> None:
 
 def test_the_retrieval_recipes_fit_their_task_and_each_other() -> None:
     """A vocabulary too small, or a budget other than an eighth, would show after half an hour of training."""
-    recipe, warm_up = load_recipe(RECIPES / "retrieval_dense.yaml"), load_recipe(RECIPES / "indexer_warmup.yaml")
-    assert recipe.model.config is not None
-    assert RetrievalSource(0).vocab_size == recipe.model.config["vocab_size"]
+    names = ("retrieval_short", "retrieval_dense", "indexer_warmup")
+    short, recipe, warm_up = (load_recipe(RECIPES / f"{name}.yaml") for name in names)
+    assert short.model.config is not None
+    assert RetrievalSource(0).vocab_size == short.model.config["vocab_size"]
+    for source in short.data.sources:
+        assert source.options["num_symbols"] + copying.CONTROL_IDS == RetrievalSource(0).vocab_size
     convert = warm_up.model.convert_to_sparse
     assert convert is not None
     assert convert.block_size * convert.topk_blocks * 8 == 2048
