@@ -8,6 +8,7 @@ from importlib import import_module
 _HOME = {
     "Detokenizer": "engine",
     "Engine": "engine",
+    "EngineStats": "engine",
     "GenerateOutput": "generate",
     "Guide": "guide",
     "Media": "request",
