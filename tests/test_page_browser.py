@@ -284,6 +284,10 @@ def test_look_inside_shows_what_the_model_selected(plain: Running, visit: Callab
     with page.expect_response(lambda response: "inspect" in response.url) as response:
         answer.get_by_role("button", name="Look inside").click()
     data = response.value.json()
+    # The ids that the answer was written with, its end among them: its text could be tokenized in another way.
+    sent = response.value.request.post_data_json["answer_token_ids"]
+    assert [one["id"] for one in data["tokens"][data["num_prompt_tokens"] :]] == sent
+    assert sent[-1] in plain.state.eos_token_ids
     playwright.expect(page.locator(".mi-bar")).to_be_visible()
     playwright.expect(page.locator("#panel-title")).to_be_focused()
     size, prompt = data["block_size"], data["num_prompt_tokens"]

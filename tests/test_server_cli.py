@@ -107,6 +107,20 @@ def test_keys_come_from_options_files_and_the_environment(tmp_path: Path, monkey
         read_keys([], file)
 
 
+def test_looking_inside_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that no option reaches."""
+    found: list[Any] = []
+
+    def run_serve(_: Any, settings: Any, **options: Any) -> int:
+        found.append(ServerSettings(**{**settings, "model_name": "m"}).look_inside)
+        return 0
+
+    monkeypatch.setattr("minim3.cli.serve.run_serve", run_serve)
+    for arguments in ([], ["--no-look-inside"]):
+        assert main(["serve", *arguments]) == 0
+    assert found == [True, False]
+
+
 def test_every_limit_can_be_set_from_the_command_line() -> None:
     found = read_limits(["max_frames=100", "request_seconds=1.5", "max-body-bytes=1_000_000", "num_pages=none"])
     assert found == {"max_frames": 100, "request_seconds": 1.5, "max_body_bytes": 1_000_000, "num_pages": None}

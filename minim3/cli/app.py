@@ -257,6 +257,7 @@ def serve(
         Thinking, typer.Option("--thinking", help="Of requests that do not say.")
     ] = Thinking.adaptive,
     page: Annotated[bool, typer.Option(help="Serve the chat page at /.")] = True,
+    look_inside: Annotated[bool, typer.Option(help="Let the page ask what an answer attended to.")] = True,
     max_running: Annotated[int, typer.Option(min=1, metavar="N", help="Requests that run at once.")] = 64,
     max_waiting: Annotated[int, typer.Option(min=0, metavar="N", help="Requests that wait; then 429.")] = 256,
     max_tokens_per_step: Annotated[
@@ -306,7 +307,7 @@ def serve(
     settings = {
         "host": host, "port": port, "api_keys": read_keys(api_key or [], api_key_file),
         "cors_origins": tuple(cors_origin or ()), "model_name": served_model_name, "thinking": thinking.value,
-        "page": page, "max_running": max_running, "max_waiting": max_waiting,
+        "page": page, "look_inside": look_inside, "max_running": max_running, "max_waiting": max_waiting,
         "max_tokens_per_step": max_tokens_per_step, "num_pages": num_pages,
         "speculative_tokens": speculative_tokens, "max_new_tokens": max_new_tokens,
         "request_seconds": request_timeout, "drain_seconds": drain_timeout, "allow_urls": allow_urls,

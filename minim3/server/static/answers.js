@@ -9,6 +9,7 @@ const minim3Answers = (() => {
       this.message = { role: "assistant", content: "" };
       this.reasoning = "";
       this.calls = [];
+      this.tokenIds = []; // as the model wrote them
       this.finish = null;
       this.isRunning = true;
       this.numPieces = 0;
@@ -24,8 +25,9 @@ const minim3Answers = (() => {
     }
 
     /* Takes in a delta of the stream; `draw` shows it. */
-    add(delta, finish) {
+    add(delta, finish, tokenIds) {
       const now = performance.now();
+      this.tokenIds.push(...tokenIds);
       if (delta.reasoning_content || delta.content || delta.tool_calls) {
         this.first ??= now;
         this.last = now;

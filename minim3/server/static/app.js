@@ -81,8 +81,8 @@
       if (follow) scrollToEnd();
       else updateToEnd();
     };
-    const onDelta = (delta, finish) => {
-      turn.add(delta, finish);
+    const onDelta = (delta, finish, tokenIds) => {
+      turn.add(delta, finish, tokenIds);
       frame ??= requestAnimationFrame(draw);
     };
     turn.asked = asked;
@@ -159,7 +159,8 @@
 
   const inspect = (turn, signal) => {
     const finished = turn.finish === "stop" || turn.finish === "tool_calls";
-    return minim3Server.inspect({ ...turn.asked, answer: turn.message, finished }, { key: settings.key, signal });
+    const answer = { answer: turn.message, answer_token_ids: turn.tokenIds.length ? turn.tokenIds : null, finished };
+    return minim3Server.inspect({ ...turn.asked, ...answer }, { key: settings.key, signal });
   };
 
   const copyAnswer = async (turn, button) => {

@@ -68,16 +68,19 @@ const minim3Server = (() => {
       return (await response.json()).data?.[0] ?? {};
     },
 
-    /* Streams an answer: onDelta(delta, finishReason) as it comes; resolves to the usage, if the server sent one. */
+    /* Streams an answer: onDelta(delta, finishReason, tokenIds) as it comes; resolves to the usage, if the server sent
+       one. */
     async chat(body, { key, signal, onDelta }) {
-      const response = await post("v1/chat/completions", { ...body, stream: true, stream_options: { include_usage: true } }, { key, signal });
+      const response = await post("v1/chat/completions", { ...body, stream: true, stream_options: { include_usage: true }, return_token_ids: true }, { key, signal });
       let usage = null;
       for await (const data of events(response.body)) {
         if (data === "[DONE]") return usage;
         const chunk = JSON.parse(data);
         if (chunk.error) throw new ServerError(chunk.error.message ?? "the answer failed", chunk.error.code);
         usage = chunk.usage ?? usage;
-        for (const choice of chunk.choices ?? []) onDelta(choice.delta ?? {}, choice.finish_reason ?? null);
+        for (const choice of chunk.choices ?? []) {
+          onDelta(choice.delta ?? {}, choice.finish_reason ?? null, choice.token_ids ?? []);
+        }
       }
       throw new ServerError("the connection ended before the answer did", 0);
     },
