@@ -13,6 +13,7 @@ import pydantic
 import pytest
 from PIL import Image
 
+from minim3.server.chat import event
 from minim3.server.settings import ServerSettings
 from tests.running_servers import Running, ScriptedEngine, pocket, running
 
@@ -540,5 +541,42 @@ def test_drafts_and_a_small_cache_change_no_answer(plain: Running) -> None:
         figures = server.http().get("/metrics").text
         assert "minim3_drafted_tokens_total" in figures
         too_long: Any = [{"role": "user", "content": "a b " * 400}]
-        with pytest.raises(openai.BadRequestError, match="pages"):
+        with pytest.raises(openai.BadRequestError, match="more than the limit of 128"):
             server.client().chat.completions.create(model="pocket", messages=too_long)
+
+
+def test_answers_to_one_prompt_do_not_find_each_other_in_the_cache(plain: Running) -> None:
+    """What the first of n answers computed is no hit for the others: a bill, and a hit rate, above the prompt."""
+    words = [{"role": "user", "content": "never said before " * 40}]
+    before = plain.http().get("/metrics").text
+    cached = []
+    for _ in range(2):
+        usage = plain.client().chat.completions.create(model="pocket", messages=words, n=4, max_tokens=2).usage
+        cached.append(usage.prompt_tokens_details.cached_tokens)
+    assert cached[0] <= 16, "the beginning of every conversation"
+    assert usage.prompt_tokens - 16 <= cached[1] <= usage.prompt_tokens
+    plain.wait_idle()
+
+    def figure(text: str) -> float:
+        lines = [line for line in text.splitlines() if line.startswith("minim3_cached_prompt_tokens_total")]
+        return float(lines[0].split()[1])
+
+    assert figure(plain.http().get("/metrics").text) - figure(before) == sum(cached)
+
+
+def test_a_named_function_is_called_once_unless_more_are_asked_for(plain: Running) -> None:
+    parameters = {"type": "object", "properties": {"city": {"enum": ["Oslo", "Rome"]}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    choice = {"type": "function", "function": {"name": "weather"}}
+    asked: dict[str, Any] = {"model": "pocket", "messages": QUESTION, "tools": [tool], "tool_choice": choice}
+    answer = plain.client().chat.completions.create(**asked, max_tokens=200, extra_body=OFF).choices[0]
+    assert answer.finish_reason == "tool_calls"
+    assert [call.function.name for call in answer.message.tool_calls] == ["weather"]
+
+
+def test_no_character_of_an_answer_ends_a_line_of_the_stream() -> None:
+    """Some clients split streams at U+2028 and its like, and then see half an event."""
+    text = "a\u2028b\u2029c\u0085d\x1ee\n"
+    sent = event({"text": text})
+    assert sent.splitlines() == [sent[:-2], ""]
+    assert json.loads(sent[5:]) == {"text": text}

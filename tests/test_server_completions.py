@@ -9,6 +9,8 @@ import torch
 
 from tests.running_servers import Running, pocket, running
 
+PLACEHOLDER = pocket()[0].config.image_token_index
+
 
 @pytest.fixture(scope="module")
 def plain() -> Iterator[Running]:
@@ -44,8 +46,9 @@ def test_several_prompts_times_n_come_in_order(plain: Running) -> None:
     assert streamed == [choice.text for choice in together.choices]
 
 
-def test_echo_and_its_logprobs_are_those_of_the_model(plain: Running) -> None:
+def test_echo_and_its_logprobs_are_those_of_the_model(plain: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """What evaluation harnesses read: a log-probability for every token of the prompt but the first."""
+    monkeypatch.setattr("minim3.server.completions._SCORED_ROWS", 3)  # cuts the prompt in the middle
     model, processor = pocket()
     text = "What is 3 plus 4?"
     ids = processor.tokenizer.encode(text)
@@ -105,7 +108,12 @@ def test_markers_in_a_text_prompt_count_only_when_asked_for(plain: Running) -> N
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": []}, "prompt", "empty"),
         ({"prompt": [5_000]}, None, "5000"),
+        ({"prompt": [5_000], "echo": True, "logprobs": 1, "max_tokens": 0}, "prompt", "5000"),
+        ({"prompt": [5, PLACEHOLDER]}, None, "placeholder"),
+        ({"prompt": [5, PLACEHOLDER], "echo": True, "logprobs": 1, "max_tokens": 0}, "prompt", "placeholder"),
         ({"prompt": [-1]}, "prompt", "-1 is no id"),
+        ({"prompt": "a", "max_tokens": 2, "extra_body": {"min_tokens": 3}}, "min_tokens", "above max_tokens (2)"),
+        ({"prompt": "a", "stream_options": {"include_use": True}}, "stream_options.include_use", "no field"),
         ({"prompt": ["a", 3]}, "prompt", "3 is neither"),
         ({"prompt": {"a": 1}}, "prompt", "dict"),
         ({"prompt": [1] * 9000}, "prompt", "8192"),
@@ -123,6 +131,23 @@ def test_wrong_requests_are_named(plain: Running, asked: dict[str, Any], param: 
     assert caught.value.param is None or param is None or caught.value.param.startswith(param)
     assert words in str(caught.value)
     plain.wait_idle()
+
+
+def test_a_prompt_is_scored_a_few_positions_at_a_time(plain: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits of all positions at once, a vocabulary wide, are hundreds of gigabytes for the longest prompt."""
+    model = pocket()[0]
+    rows: list[int] = []
+    compute = type(model).compute_logits
+
+    def watched(self: Any, hidden: torch.Tensor) -> torch.Tensor:
+        rows.append(hidden.shape[0])
+        return compute(self, hidden)
+
+    monkeypatch.setattr(type(model), "compute_logits", watched)
+    answer = complete(plain, prompt=[100] * 600, echo=True, logprobs=0, max_tokens=0)
+    assert len(answer.choices[0].logprobs.token_logprobs) == 600
+    assert sum(rows) == 599
+    assert max(rows) <= 256
 
 
 def test_tokenize_and_detokenize_are_inverse(plain: Running) -> None:

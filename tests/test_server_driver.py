@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from minim3.inference.request import SamplingParams
 from minim3.server.driver import EngineDriver
 from minim3.server.errors import APIError, TooManyRequests, Unavailable
+from minim3.server.generation import Call, EventStream
 from minim3.server.metrics import Metrics
 from minim3.server.settings import ServerSettings
 from tests.running_servers import ScriptedEngine
@@ -99,6 +101,65 @@ def test_questions_are_not_left_unanswered() -> None:
                 await driver.run_in_engine(lambda _: 1)
             with pytest.raises(Unavailable):
                 driver.reserve()
+
+    asyncio.run(run())
+
+
+def test_a_thread_that_fails_between_two_steps_is_told() -> None:
+    """A command that raises would end the engine's thread in silence: a server that is healthy and never answers."""
+
+    async def run() -> None:
+        engine = ScriptedEngine(lambda _, i: [50] * 40, step_seconds=0.01)
+        async with driving(engine) as driver:
+            leaves, stays = [await driver.submit(PROMPT, PARAMS) for _ in range(2)]
+
+            def broken(_: str) -> None:
+                raise AssertionError
+
+            engine.abort = broken  # type: ignore[method-assign]
+            leaves.cancel()
+            with pytest.raises(APIError):
+                await asyncio.wait_for(read_all(stays), 5)
+            assert driver.failure is not None
+            with pytest.raises(Unavailable):
+                driver.reserve()
+
+    asyncio.run(run())
+
+
+def test_a_request_that_ends_in_the_step_that_fails_is_told() -> None:
+    """It runs no more, so it is not among those that are aborted; its last event was lost: it would wait for ever."""
+
+    async def run() -> None:
+        engine = ScriptedEngine(lambda _, i: [50])
+        async with driving(engine) as driver:
+            engine.fail_steps = 1
+            submission = await driver.submit(PROMPT, PARAMS)
+            with pytest.raises(APIError):
+                await asyncio.wait_for(read_all(submission), 5)
+            assert driver._by_request == {}
+            assert driver.failure is None
+
+    asyncio.run(run())
+
+
+def test_a_client_that_reads_no_more_keeps_its_place_no_longer_than_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time limits for tokens alone: who fills the socket's buffers and stops reading holds a place for ever."""
+    monkeypatch.setattr("minim3.server.generation.LAST_WRITE_SECONDS", 0.1)
+
+    async def never(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    async def events() -> AsyncIterator[str]:
+        yield "data: 1\n\n"
+
+    async def run() -> None:
+        async with driving(ScriptedEngine(), request_seconds=0.1) as driver:
+            state: Any = SimpleNamespace(settings=driver.settings, driver=driver, metrics=driver.metrics)
+            stream = EventStream(events(), Call(state, 1))
+            assert driver.num_active == 1
+            await asyncio.wait_for(stream({"type": "http"}, never, never), 5)
+            assert driver.num_active == 0
 
     asyncio.run(run())
 

@@ -119,11 +119,13 @@ def test_keys_do_not_show(guarded: Running) -> None:
 
 
 def test_cors_is_for_the_listed_origins(guarded: Running) -> None:
-    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    asked = "authorization,content-type,x-stainless-os,x-stainless-retry-count"  # as OpenAI's client in a browser
+    preflight = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": asked}
     with guarded.http() as client:
         good = client.options("/v1/chat/completions", headers={"Origin": "https://good.example", **preflight})
         bad = client.options("/v1/chat/completions", headers={"Origin": "https://bad.example", **preflight})
         refused = client.get("/v1/models", headers={"Origin": "https://good.example"})
+    assert good.status_code == 200, good.text
     assert good.headers["access-control-allow-origin"] == "https://good.example"
     assert "access-control-allow-origin" not in bad.headers
     assert refused.status_code == 401
@@ -298,6 +300,9 @@ def test_a_request_over_its_time_ends_with_an_error(stream: bool) -> None:
         assert "longer than the limit of 0.5 s" in answer.text
         assert answer.status_code == (200 if stream else 504)
         server.wait_idle()
+        figures = httpx.get(f"{server.url}/metrics").text
+    assert 'minim3_errors_total{status="504"} 1.0' in figures, "of a stream, too, whose status was 200"
+    assert "minim3_disconnects_total 0.0" in figures
 
 
 def test_draining_finishes_what_is_under_way_and_refuses_the_rest() -> None:
@@ -313,7 +318,7 @@ def test_draining_finishes_what_is_under_way_and_refuses_the_rest() -> None:
         server.server.handle_exit(15, None)
         refused = kept.post("/v1/chat/completions", json=BODY)
         assert refused.status_code == 503
-        assert "retry-after" in refused.headers
+        assert refused.headers["retry-after"] == "2", "as the settings say"
         assert kept.get("/ready").status_code == 503
         assert kept.get("/health").status_code == 200
         assert whole.result().json()["choices"][0]["message"]["content"] == "7" * 60
@@ -464,4 +469,23 @@ def test_many_clients_at_once_get_their_own_answers() -> None:
             return "".join(delta.get("content", "") for delta in deltas)
 
         assert list(pool.map(ask, range(40))) == [f"You said {number}." for number in range(40)]
+        server.wait_idle()
+
+
+def test_a_cache_of_fixed_size_bounds_answers_and_refuses_no_ordinary_request() -> None:
+    """A request that names no max_tokens asks for the model's whole context, which a small cache can never hold."""
+    with running(ServerSettings(page=False, num_pages=6)) as server, server.http() as http:
+        size = server.engine.cache.page_size
+        assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 6 * size
+        ids = [100] * (5 * size)
+        plain = {"messages": BODY["messages"]}
+        assert http.post("/v1/chat/completions", json=plain).status_code == 200
+        for limit in ({}, {"max_tokens": 10_000}):
+            full = http.post("/v1/chat/completions", json={**plain, "ignore_eos": True, **limit}).json()
+            assert full["choices"][0]["finish_reason"] == "length"
+            assert full["usage"]["total_tokens"] == 6 * size + 1, "the last token is not stored"
+        assert http.post("/v1/completions", json={"prompt": ids, "max_tokens": size}).status_code == 200
+        refused = http.post("/v1/completions", json={"prompt": [*ids, *ids]})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
         server.wait_idle()

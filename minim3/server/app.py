@@ -73,7 +73,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            allow_headers=["*"],  # OpenAI's own client sends a dozen X-Stainless-* of its own
             expose_headers=["X-Request-Id", "Retry-After"],
         )
     app.add_middleware(RequestMiddleware, state=state)

@@ -19,6 +19,7 @@ from minim3.server.schema import ChatRequest
 from minim3.server.state import ServerState
 
 DONE = "data: [DONE]\n\n"
+_LINE_ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 
 
 def router(state: ServerState) -> APIRouter:
@@ -152,6 +153,7 @@ class ChatAnswer:
             if with_usage:
                 yield event({**head, "choices": [], "usage": self._call.usage.as_chat()})
         except APIError as error:
+            self._call.failed(error)
             yield event(error.body())
         yield DONE
 
@@ -194,7 +196,12 @@ def make_call_id(_: int) -> str:
 
 def event(data: dict[str, Any]) -> str:
     """One server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {one_line(data)}\n\n"
+
+
+def one_line(data: dict[str, Any]) -> str:
+    """JSON without the characters at which some clients end a line of a stream (U+0085, U+2028, U+2029)."""
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
 
 
 def logprob_entry(tokenizer: Tokenizer, entry: TokenEntry) -> dict[str, Any]:

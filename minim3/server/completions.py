@@ -10,7 +10,9 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from minim3.inference.engine import Engine
+from minim3.inference.media import find_placeholders
 from minim3.inference.request import TokenLogprobs
+from minim3.model.batch import ForwardBatch
 from minim3.processing.tokenizer import Tokenizer
 from minim3.server import prompts
 from minim3.server.answers import Ending, TextReader, TokenEntry, Update
@@ -23,6 +25,7 @@ from minim3.server.schema import CompletionRequest
 from minim3.server.state import ServerState
 
 DEFAULT_NEW_TOKENS = 16  # OpenAI's
+_SCORED_ROWS = 256  # positions of a prompt whose distributions over the vocabulary are in memory at once
 _PROMPT_FORMS = "prompt must be a text or a list of token ids (0 and up), or a list of those"
 
 
@@ -147,7 +150,10 @@ class CompletionAnswer:
         if num_tops > self._state.settings.max_logprobs:
             limit = self._state.settings.max_logprobs
             raise BadRequest(f"{num_tops} logprobs are more than the limit of {limit}", param="logprobs")
-        known = await self._state.driver.run_in_engine(lambda engine: prompt_logprobs(engine, ids, num_tops))
+        try:
+            known = await self._state.driver.run_in_engine(lambda engine: prompt_logprobs(engine, ids, num_tops))
+        except ValueError as error:
+            raise BadRequest(str(error), param="prompt") from None
         return [TokenEntry(token_id, one) for token_id, one in zip(ids, [None, *known])]
 
     async def whole(self) -> dict[str, Any]:
@@ -185,6 +191,7 @@ class CompletionAnswer:
             if with_usage:
                 yield event({**self._head, "choices": [], "usage": self._call.usage.as_chat()})
         except APIError as error:
+            self._call.failed(error)
             yield event(error.body())
         yield DONE
 
@@ -220,18 +227,31 @@ def _logprobs(tokenizer: Tokenizer, entries: Sequence[TokenEntry], offset: int) 
 
 
 def prompt_logprobs(engine: Engine, ids: Sequence[int], num_tops: int) -> list[TokenLogprobs]:
-    """Log-probabilities of tokens 1, 2, ... of `ids` given those before them, computed without the cache."""
+    """Log-probabilities of tokens 1, 2, ... of `ids` given those before them, computed without the cache.
+
+    The logits of a whole prompt would be `[tokens, vocabulary]` numbers, 400 GB at the longest: they are made for a few
+    positions at a time.
+
+    Raises:
+        ValueError: an id outside the vocabulary, or a placeholder of a picture or clip.
+    """
+    model = engine.model
+    device = next(iter(model.text_model.parameters())).device
+    vocab_size = model.text_config.vocab_size
+    if max(ids) >= vocab_size:
+        raise ValueError(f"token id {max(ids)} is outside the vocabulary of {vocab_size}")
+    find_placeholders(model, ids, None)
     if len(ids) < 2:
         return []
-    device = next(iter(engine.model.text_model.parameters())).device
-    vocab_size = engine.model.text_config.vocab_size
-    if max(ids) >= vocab_size:
-        raise BadRequest(f"token id {max(ids)} is outside the vocabulary of {vocab_size}", param="prompt")
+    found: list[TokenLogprobs] = []
     with torch.inference_mode():
-        logits = engine.model(input_ids=torch.tensor([ids], device=device)).logits[0, :-1].float()
-        logprobs = logits.log_softmax(-1)
-        chosen = logprobs.gather(1, torch.tensor(ids[1:], device=device)[:, None])[:, 0].tolist()
-        values, tops = logprobs.topk(num_tops, dim=-1)
-    return [
-        TokenLogprobs(one, tuple(top), tuple(value)) for one, top, value in zip(chosen, tops.tolist(), values.tolist())
-    ]
+        batch = ForwardBatch.packed([len(ids)], device)
+        embeds = model.text_model.embed_tokens(torch.tensor(ids, device=device))
+        hidden = model.text_model.forward_packed(embeds, batch)[:-1]
+        following = torch.tensor(ids[1:], device=device)
+        for rows, next_ids in zip(hidden.split(_SCORED_ROWS), following.split(_SCORED_ROWS)):
+            logprobs = model.compute_logits(rows).float().log_softmax(-1)
+            chosen = logprobs.gather(1, next_ids[:, None])[:, 0].tolist()
+            values, tops = (table.tolist() for table in logprobs.topk(num_tops, dim=-1))
+            found += [TokenLogprobs(one, tuple(top), tuple(value)) for one, top, value in zip(chosen, tops, values)]
+    return found

@@ -156,7 +156,7 @@ class EngineDriver:
     def abandon(self) -> None:
         """Tell everybody who still waits that the server stops before their answer is complete."""
         for submission in list(self._submissions):
-            submission._fail(Unavailable("the server stopped before the answer was complete; send it again"))
+            submission._fail(self._unavailable("the server stopped before the answer was complete; send it again"))
 
     @property
     def ready(self) -> bool:
@@ -175,9 +175,11 @@ class EngineDriver:
             TooManyRequests: no room in the queue. Unavailable: the server is stopping, or its engine has failed.
         """
         if self.failure is not None:
-            raise Unavailable(f"the engine has failed and the server must be restarted: {self.failure}")
+            raise self._unavailable(f"the engine has failed and the server must be restarted: {self.failure}")
         if self.draining or self._thread is None:
-            raise Unavailable("the server is stopping and takes no new requests; send it to another, or again later")
+            raise self._unavailable(
+                "the server is stopping and takes no new requests; send it to another, or again later"
+            )
         settings = self.settings
         room = settings.max_running + settings.max_waiting
         if self._num_reserved + num_requests > room:
@@ -242,7 +244,7 @@ class EngineDriver:
                 self._call_back(_set_result, future, result)
 
         if self.failure is not None or self._stopping:
-            raise Unavailable("the server is stopping; send it again" if self.failure is None else self.failure)
+            raise self._unavailable(self.failure or "the server is stopping; send it again")
         self._questions.add(future)
         future.add_done_callback(self._questions.discard)
         self._commands.put(call)
@@ -251,7 +253,10 @@ class EngineDriver:
     def _fail_questions(self, reason: str) -> None:
         """Nobody is left who could answer what was asked of the engine."""
         for future in list(self._questions):
-            _set_exception(future, Unavailable(reason))
+            _set_exception(future, self._unavailable(reason))
+
+    def _unavailable(self, message: str) -> Unavailable:
+        return Unavailable(message, retry_after=self.settings.retry_after_seconds)
 
     def _cancel(self, submission: Submission) -> None:
         self._submissions.discard(submission)
@@ -276,6 +281,12 @@ class EngineDriver:
             assert self._stopping or self._loop.is_closed()
 
     def _run(self) -> None:
+        try:
+            self._drive()
+        except Exception as error:  # whatever it is: without this thread nobody would be answered, or told
+            self._give_up(error)
+
+    def _drive(self) -> None:
         engine = self.engine
         while True:
             wait = not engine.scheduler.has_work
@@ -314,14 +325,20 @@ class EngineDriver:
         """A step that fails did not happen: drop the requests that were in it and go on with the rest."""
         self.metrics.step_failed()
         failed = list(self.engine.scheduler.running) or list(self.engine.requests.values())
+        # Ended by this very step: the event that says so is lost with it, and nobody else would tell them.
+        failed += [request for request in self._by_request if request.finished]
         try:
             for request in failed:
                 self._abort_request(request, EngineFailed(_describe(error)))
             self.engine.check_integrity()
         except Exception:
-            _log.exception("the engine cannot go on", extra={"event": "engine_failed"})
-            self.failure = _describe(error)
-            self._call_back(self._fail_all, self.failure)
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Within the handler of an exception after which the engine's books cannot be trusted."""
+        _log.exception("the engine cannot go on", extra={"event": "engine_failed"})
+        self.failure = _describe(error)
+        self._call_back(self._fail_all, self.failure)
 
     def _fail_all(self, reason: str) -> None:
         for submission in list(self._submissions):

@@ -86,7 +86,7 @@ class Unavailable(APIError):
 
     status, type, code = 503, "server_error", "unavailable"
 
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+    def __init__(self, message: str, *, retry_after: int) -> None:
         super().__init__(message, headers={"Retry-After": str(retry_after)})
 
 

@@ -22,6 +22,7 @@ from minim3.server.state import ServerState
 
 _T = TypeVar("_T")
 PING_SECONDS = 10.0
+LAST_WRITE_SECONDS = 5.0  # to write that the time is over
 
 
 class ClientGone(APIError):
@@ -66,6 +67,7 @@ class Call:
         self._readers: list[list[Reader]] = []
         self._prompts: list[Prompt] = []
         self._guides: dict[int, Any] = {}
+        self._error: APIError | None = None
 
     async def submit(
         self,
@@ -90,15 +92,15 @@ class Call:
         self._prompts.append(prompt)
         self._state.metrics.prompt(len(prompt.ids))
 
-    async def before_deadline(self, work: Awaitable[_T]) -> _T:
-        """The result of `work`. TimedOut when the time of this call is over."""
+    async def before_deadline(self, work: Awaitable[_T], *, grace: float = 0.0) -> _T:
+        """The result of `work`. TimedOut when the time of this call, and `grace` seconds more, are over."""
         try:
-            async with asyncio.timeout_at(self._deadline):
+            async with asyncio.timeout_at(self._deadline + grace):
                 return await work
         except TimeoutError:
-            raise TimedOut(
-                f"the request took longer than the limit of {self._state.settings.request_seconds:g} s"
-            ) from None
+            limit = self._state.settings.request_seconds
+            self._error = TimedOut(f"the request took longer than the limit of {limit:g} s")
+            raise self._error from None
 
     async def updates(self) -> AsyncIterator[Update]:
         """What comes, of all answers, until all are complete. Updates that show nothing are left out.
@@ -155,14 +157,17 @@ class Call:
                     if reader.index in self._guides:
                         import_module("minim3.server.structured").check_guide(self._guides[reader.index])
                     last = reader.finish(event.finish_reason or "stop")
-                    cached = event.request.num_cached_tokens or 0
-                    self._state.metrics.answered(last.finish_reason or "stop", cached)
+                    self._state.metrics.answered(last.finish_reason or "stop")
                     yield last
 
     @property
     def usage(self) -> Usage:
         readers = [reader for group in self._readers for reader in group]
-        cached = [max((r.num_cached_tokens or 0 for r in s.requests), default=0) for s in self._submissions]
+        # Of several answers to one prompt the first computes it, and the others find what it left.
+        cached = [
+            min((one.num_cached_tokens for one in submission.requests if one.num_cached_tokens is not None), default=0)
+            for submission in self._submissions
+        ]
         return Usage(
             sum(len(prompt.ids) for prompt in self._prompts),
             sum(reader.num_tokens for reader in readers),
@@ -170,11 +175,17 @@ class Call:
             sum(reader.num_reasoning_tokens for reader in readers),
         )
 
+    def failed(self, error: APIError) -> None:
+        """Told of an error that a stream ends with: its status was sent long before, so log and metrics hear of it."""
+        self._error = error
+        logs.note(error=error.code or error.type)
+        self._state.metrics.stream_failed(error.status)
+
     def close(self) -> None:
         """Abort what still runs, give the places back, log the counts. A second call does nothing."""
         if self._reservation is None:
             return
-        if any(not submission.done for submission in self._submissions):
+        if self._error is None and any(not submission.done for submission in self._submissions):
             self._state.metrics.disconnected()
         for submission in self._submissions:
             submission.cancel()
@@ -182,6 +193,7 @@ class Call:
         self._reservation = None
         self._state.metrics.generation_ended(time.monotonic() - self._started)
         usage = self.usage
+        self._state.metrics.cached(usage.cached)
         logs.note(prompt_tokens=usage.prompt, cached_tokens=usage.cached, completion_tokens=usage.completion)
         if self._state.settings.log_prompts:
             decode = self._state.processor.tokenizer.decode
@@ -218,7 +230,8 @@ class EventStream(StreamingResponse):
 
         async def noted(message: Message) -> None:
             nonlocal sent_at, has_begun
-            await send(message)
+            # A client that reads no more would keep its place for ever: it has until the end of its time.
+            await self._call.before_deadline(send(message), grace=LAST_WRITE_SECONDS)
             sent_at, has_begun = time.monotonic(), True
 
         async def keep_alive() -> None:
@@ -230,9 +243,11 @@ class EventStream(StreamingResponse):
         pings = asyncio.create_task(keep_alive())
         try:
             await super().stream_response(noted)
+        except TimedOut as error:
+            self._call.failed(error)  # the connection is closed without the end of the stream
         finally:
             pings.cancel()
-            with suppress(asyncio.CancelledError, RuntimeError):  # a comment that came after the end
+            with suppress(asyncio.CancelledError, RuntimeError, TimedOut):  # a comment that came after the end
                 await pings
 
 

@@ -29,8 +29,9 @@ class Metrics:
             "minim3_http_requests", "HTTP requests answered.", ["route", "method", "status"], registry=self.registry
         )
         self._errors = Counter(
-            "minim3_errors", "Requests answered with an error, by status.", ["status"], registry=self.registry
-        )
+            "minim3_errors", "Requests that ended with an error, also in a stream, by status.", ["status"],
+            registry=self.registry,
+        )  # fmt: skip
         self._step_failures = Counter("minim3_step_failures", "Engine steps that failed.", registry=self.registry)
         self._disconnects = Counter(
             "minim3_disconnects", "Answers cut short because the client left.", registry=self.registry
@@ -73,9 +74,14 @@ class Metrics:
     def prompt(self, num_tokens: int) -> None:
         self._prompt_tokens.inc(num_tokens)
 
-    def answered(self, reason: str, num_cached_tokens: int) -> None:
+    def answered(self, reason: str) -> None:
         self._finished.labels(reason).inc()
-        self._cached_tokens.inc(num_cached_tokens)
+
+    def cached(self, num_tokens: int) -> None:
+        self._cached_tokens.inc(num_tokens)
+
+    def stream_failed(self, status: int) -> None:
+        self._errors.labels(str(status)).inc()
 
     def generation_ended(self, seconds: float) -> None:
         self._seconds.observe(seconds)

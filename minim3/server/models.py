@@ -32,7 +32,7 @@ def _card(state: ServerState) -> dict[str, Any]:
         "object": "model",
         "created": state.started,
         "owned_by": "minim3",
-        "max_model_len": state.model.text_config.max_position_embeddings,
+        "max_model_len": state.context_tokens,
         "max_prompt_tokens": max_prompt_tokens(state),
         "vision": getattr(config, "vision_config", None) is not None,
     }

@@ -130,7 +130,8 @@ def tool_use(
         raise BadRequest("tool_choice is required, but the request has no tools", param="tool_choice")
     if choice == "none":
         checked = []
-    return ToolUse(checked, choice or "auto", named, parallel is not False)
+    # OpenAI answers a named choice with one call; several of the same function are for those who ask for them.
+    return ToolUse(checked, choice or "auto", named, parallel is True or (parallel is None and not named))
 
 
 async def chat_prompt(
@@ -190,7 +191,7 @@ async def text_prompt(state: ServerState, text: str, allow_special: bool, *, may
 
 def max_prompt_tokens(state: ServerState) -> int:
     """The limit of this server: its own, or what leaves the model room for one token."""
-    context = state.model.text_config.max_position_embeddings
+    context = state.context_tokens
     return min(state.settings.max_prompt_tokens or context, context)
 
 
@@ -257,13 +258,15 @@ def sampling_params(
         BadRequest: a value outside its range or above the server's limit.
     """
     settings, defaults = state.settings, state.generation_config
-    room = state.model.text_config.max_position_embeddings + 1 - num_prompt_tokens
+    room = state.context_tokens + 1 - num_prompt_tokens
     limit = min(settings.max_new_tokens or room, room)
     if max_new_tokens is not None and settings.max_new_tokens is not None and max_new_tokens > settings.max_new_tokens:
         raise BadRequest(
             f"max_tokens is {max_new_tokens}, more than the limit of {settings.max_new_tokens}", param="max_tokens"
         )
     wanted = max_new_tokens or defaults.get("max_new_tokens") or settings.default_new_tokens or limit
+    if body.min_tokens is not None and max_new_tokens is not None and body.min_tokens > max_new_tokens:
+        raise BadRequest(f"min_tokens ({body.min_tokens}) is above max_tokens ({max_new_tokens})", param="min_tokens")
     if logprobs is not None and logprobs > settings.max_logprobs:
         raise BadRequest(f"{logprobs} logprobs are more than the limit of {settings.max_logprobs}", param="logprobs")
     if body.priority is not None and not settings.allow_priority:

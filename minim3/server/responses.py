@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse
 from minim3.processing.output import ToolCallDelta
 from minim3.server import prompts
 from minim3.server.answers import ChatReader, Ending, Update
-from minim3.server.chat import logprob_entry, make_call_id
+from minim3.server.chat import logprob_entry, make_call_id, one_line
 from minim3.server.errors import APIError, BadRequest
 from minim3.server.generation import Call, EventStream, Usage, unless_gone
 from minim3.server.json_route import JsonRoute
@@ -103,7 +103,7 @@ class ResponseAnswer:
 
         def sent(event: _Event) -> str:
             nonlocal number
-            text = json.dumps({**event, "sequence_number": number}, ensure_ascii=False, separators=(",", ":"))
+            text = one_line({**event, "sequence_number": number})
             number += 1
             return f"event: {event['type']}\ndata: {text}\n\n"
 
@@ -114,6 +114,7 @@ class ResponseAnswer:
                 for event in self._items.feed(update):
                     yield sent(event)
         except APIError as error:
+            self._call.failed(error)
             response = self._response("failed", self._call.usage)
             response["error"] = {"code": error.code or error.type, "message": error.message}
             yield sent({"type": "response.failed", "response": response})

@@ -55,7 +55,7 @@ class RequestModel(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(extra="allow", strict=True, json_schema_extra={"additionalProperties": False})
 
     include_usage: bool | None = Field(None, description="Send a last chunk with the usage.")
     include_obfuscation: bool | None = Field(None, description="Without effect.")
@@ -107,6 +107,13 @@ class SamplingFields(StructuredFields):
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = Field(
         None, description="Higher goes first, where the server allows it."
     )
+
+    def check_fields(self, settings: ServerSettings) -> None:
+        super().check_fields(settings)
+        unknown = [] if self.stream_options is None else list(self.stream_options.model_extra or {})
+        if unknown and not settings.ignore_unknown_fields:
+            name = f"stream_options.{unknown[0][:100]}"
+            raise BadRequest(f"{name!r} is no field of this request", param=name, code="unknown_field")
 
 
 class ChatRequest(SamplingFields):

@@ -49,6 +49,16 @@ class ServerState:
         return getattr(self.model, "generation_config", None) or {}
 
     @cached_property
+    def context_tokens(self) -> int:
+        """The most tokens of prompt and answer: what the model takes, or what the cache can hold where it may not grow.
+
+        The last token of an answer is never stored, and may lie one past this.
+        """
+        context: int = self.model.text_config.max_position_embeddings
+        pool = self.driver.engine.cache.pool
+        return context if pool.max_pages is None else min(context, pool.max_pages * pool.page_size)
+
+    @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The checkpoint's, and the token that closes a turn."""
         given = self.generation_config.get("eos_token_id")

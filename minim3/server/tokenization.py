@@ -1,5 +1,6 @@
 """`POST /tokenize` and `/detokenize`."""
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter
@@ -33,12 +34,14 @@ def router(state: ServerState) -> APIRouter:
                 )
         answer: dict[str, Any] = {
             "count": len(prompt.ids),
-            "max_model_len": state.model.text_config.max_position_embeddings,
+            "max_model_len": state.context_tokens,
             "tokens": prompt.ids,
         }
         if body.return_token_strs:
             decode = state.processor.tokenizer.decode
-            answer["token_strs"] = [decode([token_id]) for token_id in prompt.ids]
+            answer["token_strs"] = await asyncio.get_running_loop().run_in_executor(
+                state.workers, lambda: [decode([token_id]) for token_id in prompt.ids]
+            )
         return answer
 
     @routes.post("/detokenize")
@@ -46,6 +49,7 @@ def router(state: ServerState) -> APIRouter:
         """The text of token ids, control tokens included."""
         prompts.check_model(state, body.model)
         body.check_fields(state.settings)
-        return {"prompt": state.processor.tokenizer.decode(body.tokens)}
+        decode = state.processor.tokenizer.decode
+        return {"prompt": await asyncio.get_running_loop().run_in_executor(state.workers, decode, body.tokens)}
 
     return routes
