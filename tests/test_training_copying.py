@@ -42,6 +42,17 @@ def test_a_row_is_repeated_whole() -> None:
     assert lengths == {5, 9}
 
 
+def test_a_row_of_few_symbols_repeats_them() -> None:
+    used = set()
+    for index in range(30):
+        ids, _ = encode(CopySource(3, lengths=[12], num_symbols=50, symbols_per_row=5), index)
+        assert len(set(ids[1:13])) <= 5
+        used |= set(ids[1:13])
+    assert len(used) > 40, "another five in every row"
+    with pytest.raises(ValueError, match=r"symbols_per_row is 60; it must lie in 1\.\.50"):
+        CopySource(0, num_symbols=50, symbols_per_row=60)
+
+
 def test_a_question_has_one_answer() -> None:
     """A symbol that stood in two pairs would have two answers, and the score an unknown ceiling."""
     source = LookupSource(3, num_pairs=[8], num_questions=5, num_symbols=20)

@@ -24,15 +24,28 @@ class CopySource:
     """Rows of `lengths` symbols, drawn with replacement from `num_symbols`, to be repeated.
 
     Rows of one length can be repeated by looking a fixed distance back, which teaches nothing for other tasks.
+    symbols_per_row: a row draws from so many of the symbols only. Where a symbol stands twice, what followed it the
+    first time need not follow now; rows of few symbols teach to look further back than one.
     """
 
-    def __init__(self, seed: int, lengths: Sequence[int] = (16,), num_symbols: int = 256) -> None:
-        self.seed, self.lengths, self.num_symbols = seed, tuple(lengths), num_symbols
+    def __init__(
+        self, seed: int, lengths: Sequence[int] = (16,), num_symbols: int = 256, symbols_per_row: int | None = None
+    ) -> None:
+        if symbols_per_row is not None and not 0 < symbols_per_row <= num_symbols:
+            raise ValueError(
+                f"symbols_per_row is {symbols_per_row}; it must lie in 1..{num_symbols}, of which it draws"
+            )
+        self.seed, self.lengths = seed, tuple(lengths)
+        self.num_symbols, self.symbols_per_row = num_symbols, symbols_per_row
 
     def group(self, index: int) -> Group:
         rng = np.random.default_rng([self.seed, index])
         length = self.lengths[int(rng.integers(len(self.lengths)))]
-        row = (CONTROL_IDS + rng.integers(self.num_symbols, size=length)).tolist()
+        if self.symbols_per_row is None:
+            drawn = rng.integers(self.num_symbols, size=length)
+        else:
+            drawn = rng.choice(rng.choice(self.num_symbols, self.symbols_per_row, replace=False), length)
+        row = (CONTROL_IDS + drawn).tolist()
         return Group([Sample([_says("user", BEGIN_COPY, *row, ASK), _says("assistant", *row)], kind="copy")])
 
 
