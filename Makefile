@@ -59,6 +59,7 @@ eval-pocket: $(VENV)/.core
 train-pocket: $(VENV)/.test
 	$(BIN)/python -m minim3.pocket.warmup recipes/pocket_config.json runs/pocket-vision
 	$(BIN)/minim3 train recipes/pocket_text.yaml
+	$(BIN)/minim3 train recipes/pocket_clips.yaml
 	$(BIN)/minim3 train recipes/pocket.yaml
 
 clean:

@@ -16,12 +16,16 @@ from minim3.training.data import Batch
 
 ROOT = Path(__file__).parent.parent
 WEIGHTS = ROOT / "minim3" / "pocket" / "weights"
-IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, VOCAB_SIZE = 1149, 1150, 1154
+IMAGE_TOKEN_ID, VIDEO_TOKEN_ID, VOCAB_SIZE = 1149, 1150, 1533
 
 
 @cache
 def pocket_processor() -> MiniMaxM3VLProcessor:
-    return MiniMaxM3VLProcessor.from_pretrained(WEIGHTS)
+    """pocket's, with clips in chunks of several moments, as the released model has them."""
+    processor = MiniMaxM3VLProcessor.from_pretrained(WEIGHTS)
+    assert processor.video_processor is not None
+    processor.video_processor = processor.video_processor.with_settings(vision_segment_max_frames=4)
+    return processor
 
 
 def chat(question: Any, answer: Any, **fields: Any) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def test_ids_of_the_answer_are_taken_as_they_are(server: Running) -> None:
         ({"answer": {"role": "assistant"}}, "assistant) has no content"),
         ({"answer": {"role": "user", "content": "7"}}, "chat template does not write this answer"),
         ({"answer_token_ids": []}, "the answer is empty"),
-        ({"answer_token_ids": [5000]}, "token id 5000 of the answer is outside the vocabulary of 1154"),
+        ({"answer_token_ids": [5000]}, "token id 5000 of the answer is outside the vocabulary of 1533"),
         ({"answer_token_ids": [5] * 4096}, "looking inside takes at most 4096"),
         ({"layers": [5]}, "layer 5 is asked for, the model has layers 0 to 4"),
         ({"chat_template_kwargs": {"thinking_mode": "enabled"}}, "in another thinking mode"),

@@ -122,9 +122,11 @@ def test_changed_keys_are_named_with_both_values() -> None:
 
 
 def test_the_pocket_recipe_is_a_recipe_and_its_model_fits_the_budget() -> None:
-    text, whole = (load_recipe(ROOT / "recipes" / name) for name in ("pocket_text.yaml", "pocket.yaml"))
+    names = ("pocket_text.yaml", "pocket_clips.yaml", "pocket.yaml")
+    text, clips, whole = (load_recipe(ROOT / "recipes" / name) for name in names)
     assert text.model.start_from == "runs/pocket-vision"  # what `make train-pocket` writes first
-    assert whole.model.start_from == f"{text.output}/export"
+    assert clips.model.start_from == f"{text.output}/export"
+    assert whole.model.start_from == f"{clips.output}/export"
     config = config_from_dict(json.loads((ROOT / "recipes" / "pocket_config.json").read_text()))
     import torch
 

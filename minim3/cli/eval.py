@@ -247,12 +247,14 @@ def _run_pocket(session: Session, task: Task, options: EvalOptions) -> TaskResul
 
     sizes: dict[str, Any] = {}
     if options.limit is not None:
-        sizes = {"n": options.limit, "num_text_tasks": options.limit}
+        parts = ("n", "num_text_tasks", "num_clips", "num_tools", "num_thinking")
+        sizes = dict.fromkeys(parts, options.limit)
     if options.batch_size is not None:
         sizes["batch_size"] = options.batch_size
     with _Progress(str(task), "questions") as progress:
         report = pocket.evaluate(
             pocket.model_answers(session.model, session.processor), seed=options.seed, **sizes,
+            reply_fn=pocket.model_replies(session.model, session.processor),
             progress=lambda done, total: progress.show(done, total),
         )  # fmt: skip
     measures = [

@@ -1,29 +1,32 @@
 """Clips of pocket's world: scenes in which up to two objects move, and questions about them.
 
-A clip is two to four *moments*, each a scene; `FRAMES_PER_MOMENT` equal frames show a moment, as many as a temporal
-patch takes, so that a temporal patch shows one moment. What moves does so on the lattice, along one axis, by the same
-number of steps between all moments, and every moment is a scene as `world.py` draws them: nothing touches, and no two
-centres share a row, a column or a cell. Nothing comes or goes: colour, shape and number are the same throughout.
+A clip is two or three *moments*, each a scene; `FRAMES_PER_MOMENT` equal frames show a moment, as many as a temporal
+patch takes, so that a temporal patch shows one moment. What moves goes one cell of `CELL` pixels along one axis from
+each moment to the next, and every moment is a scene as `world.py` draws them: nothing touches, and no two centres share
+a row, a column or a cell. Nothing comes or goes: colour, shape and number are the same throughout.
+
+The vision tower sees each moment by itself (`vision_segment_max_frames` of pocket's video processor is 1), and an
+object that went one cell looks the same to it: what moves, and which way, the text model tells from where it finds it.
 """
 
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from minim3.pocket.questions import NUMBER_WORDS, Look, Question, ask, pick_wording, unique_looks
+from minim3.pocket.questions import Look, Question, ask, pick_wording, unique_looks
 from minim3.pocket.reasoning import look_words, of_motions, of_track, place_words
 from minim3.pocket.wordings import CLIP_LIST_WORDINGS, CLIP_WORDINGS
-from minim3.pocket.world import HELD_OUT_PAIRS, LATTICE, PairSet, Scene, SceneObject, draw, has_room, random_scene
+from minim3.pocket.world import CELL, HELD_OUT_PAIRS, PairSet, Scene, SceneObject, draw, has_room, random_scene
 
-CLIP_KINDS = ("direction", "moves", "mover", "count_moving", "colour", "shape", "count")
+CLIP_KINDS = ("direction", "moves", "mover", "where_at", "colour", "shape", "count")
 STILL_KINDS = ("colour", "shape", "count")  # asked as of a picture
-LIST_KINDS = ("where_at", "track", "motions")  # trained, not scored
+LIST_KINDS = ("track", "motions")  # trained, not scored
 FRAMES_PER_MOMENT = 2
 FPS = 1.0
 MAX_MOVING = 2
-MIN_MOMENTS, MAX_MOMENTS = 2, 4
+MIN_MOMENTS, MAX_MOMENTS = 2, 3
 MAX_CLIP_OBJECTS = 5
-STEPS = (2, 3)  # of the lattice, from one moment to the next
+STEP = CELL  # pixels from one moment to the next
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 STANDING = "still"
 OBJECT_COUNT_WEIGHTS = (0.15, 0.25, 0.25, 0.2, 0.15)
@@ -32,11 +35,10 @@ MOVING_WEIGHTS = (0.25, 0.4, 0.35)  # no object, one, two
 
 @dataclass(frozen=True)
 class Motion:
-    """Object number `index` moves by `steps` of `LATTICE` pixels between any two moments."""
+    """Object number `index` moves by `STEP` pixels between any two moments."""
 
     index: int
     direction: str
-    steps: int
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,14 @@ def random_clip(
 def _random_motions(rng: np.random.Generator, num_objects: int, moving: int) -> tuple[Motion, ...]:
     names = tuple(DIRECTIONS)
     chosen = sorted(rng.choice(num_objects, size=moving, replace=False).tolist())
-    return tuple(
-        Motion(index, names[int(rng.integers(len(names)))], STEPS[int(rng.integers(len(STEPS)))]) for index in chosen
-    )
+    return tuple(Motion(index, names[int(rng.integers(len(names)))]) for index in chosen)
 
 
 def _moment(scene: Scene, motions: tuple[Motion, ...], number: int) -> Scene:
     objects = list(scene.objects)
     for motion in motions:
         item, (across, down) = objects[motion.index], DIRECTIONS[motion.direction]
-        distance = motion.steps * LATTICE * number
+        distance = STEP * number
         objects[motion.index] = replace(item, left=item.left + across * distance, top=item.top + down * distance)
     return replace(scene, objects=tuple(objects))
 
@@ -109,26 +109,30 @@ def ask_clip(
     slots: dict[str, str] = {}
     if kind in STILL_KINDS:
         return ask(scene, kind, rng, held_out_wording=held_out_wording)
-    if kind == "count_moving":
-        answer, reasoning = NUMBER_WORDS[len(clip.motions)], of_motions(_moving(clip))
-    elif kind == "mover":
-        moving = _moving(clip)
-        named = [item for item, _ in moving if item.colour and item.shape]
-        if len(moving) != 1 or not named or Look(colour=named[0].colour, shape=named[0].shape).count(scene) != 1:
+    if kind == "mover":
+        pair = _one_of_two(clip, rng)
+        if pair is None:
             return None
-        if named[0].pair in HELD_OUT_PAIRS:
-            return None
-        answer, reasoning = f"the {named[0].colour} {named[0].shape}", of_motions(moving)
+        mover, other = pair
+        names = [f"the {item.colour} {item.shape}" for item in pair]
+        first = int(rng.integers(2))
+        slots, answer = {"one": names[first], "two": names[1 - first]}, names[0]
+        index = scene.objects.index(mover)
+        reasoning = of_motions([(mover, str(clip.direction(index))), (other, STANDING)])
     else:
-        wants_moving = kind == "direction" or rng.random() < 0.5
+        wants_moving = {"direction": True, "moves": bool(rng.random() < 0.5)}.get(kind)
         target = _described(clip, rng, moving=wants_moving)
         if target is None:
             return None
         index, words = target
-        slots, reasoning = {"the": words}, of_track(clip.track(index))
-        direction = clip.direction(index)
-        assert kind == "moves" or direction is not None
-        answer = ("yes" if direction else "no") if kind == "moves" else str(direction)
+        track, direction = clip.track(index), clip.direction(index)
+        slots, reasoning = {"the": words}, of_track(track)
+        if kind == "where_at":
+            moment = int(rng.integers(len(track)))
+            slots["time"] = f"{moment * FRAMES_PER_MOMENT / FPS:.1f}"
+            answer = place_words(track[moment])
+        else:
+            answer = ("yes" if direction else "no") if kind == "moves" else str(direction)
     text = pick_wording(rng, CLIP_WORDINGS[kind], held_out_wording).format(**slots)
     return Question(kind, kind, text, answer, held_out_wording, reasoning=reasoning)
 
@@ -137,6 +141,22 @@ def _moving(clip: ClipScene) -> list[tuple[SceneObject, str]]:
     """What moves, from left to right at the first moment, and which way."""
     found = [(clip.moments[0].objects[motion.index], motion.direction) for motion in clip.motions]
     return sorted(found, key=lambda pair: pair[0].x)
+
+
+def _one_of_two(clip: ClipScene, rng: np.random.Generator) -> tuple[SceneObject, SceneObject] | None:
+    """One object that moves and one that stands, both of which colour and shape name uniquely."""
+    scene = clip.moments[0]
+    named = [
+        (index, item)
+        for index, item in enumerate(scene.objects)
+        if item.colour and item.shape and item.pair not in HELD_OUT_PAIRS
+        if Look(colour=item.colour, shape=item.shape).count(scene) == 1
+    ]
+    moving = [item for index, item in named if clip.direction(index)]
+    standing = [item for index, item in named if not clip.direction(index)]
+    if not moving or not standing:
+        return None
+    return moving[int(rng.integers(len(moving)))], standing[int(rng.integers(len(standing)))]
 
 
 def _described(clip: ClipScene, rng: np.random.Generator, *, moving: bool | None = None) -> tuple[int, str] | None:
@@ -165,10 +185,5 @@ def list_clip(clip: ClipScene, kind: str, rng: np.random.Generator) -> Question 
         return None
     index, words_of_target = target
     track = clip.track(index)
-    if kind == "track":
-        answer, time = "; ".join(place_words(item) for item in track), 0.0
-    else:
-        moment = int(rng.integers(len(track)))
-        answer, time = place_words(track[moment]), moment * FRAMES_PER_MOMENT / FPS
-    text = text.format(the=words_of_target, time=f"{time:.1f}")
-    return Question(kind, kind, text, answer, reasoning=of_track(track))
+    answer = "; ".join(place_words(item) for item in track)
+    return Question(kind, kind, text.format(the=words_of_target), answer, reasoning=of_track(track))

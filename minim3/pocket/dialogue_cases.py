@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from minim3.pocket import tool_tasks
-from minim3.pocket.clips import CLIP_KINDS, FPS, MAX_MOVING, ClipScene, ask_clip, draw_clip, random_clip
+from minim3.pocket.clips import CLIP_KINDS, FPS, ClipScene, ask_clip, draw_clip, random_clip
 from minim3.pocket.questions import KINDS, Question, ask, normalise
 from minim3.pocket.replies import Dialogue, Reply
 from minim3.pocket.source import EVALUATION_STREAM
@@ -99,9 +99,8 @@ def _clip_case(seed: int, index: int) -> DialogueCase:
 
 
 def _ask_about_a_clip(kind: str, rng: np.random.Generator, *, held_out_wording: bool) -> tuple[Question, ClipScene]:
-    num_moving = int(rng.integers(MAX_MOVING + 1)) if kind == "count_moving" else None
     while True:  # some clips have no unambiguous question of the kind
-        clip = random_clip(rng, num_moving=num_moving)
+        clip = random_clip(rng)
         question = ask_clip(clip, kind, rng, held_out_wording=held_out_wording)
         if question is not None:
             return question, clip

@@ -24,7 +24,7 @@ from minim3.training.batch import Clip, Group, Sample
 # First entry of the seed sequence: training and evaluation never draw the same numbers, whatever their seeds.
 TRAINING_STREAM, EVALUATION_STREAM, DEMO_STREAM, WARMUP_STREAM = 1, 2, 3, 4
 
-GROUP_WEIGHTS = {"picture": 0.45, "clip": 0.2, "text": 0.2, "tools": 0.15}
+GROUP_WEIGHTS = {"picture": 0.43, "clip": 0.22, "text": 0.16, "tools": 0.19}
 THINKING_WEIGHTS = {"adaptive": 0.65, "enabled": 0.25, "disabled": 0.1}
 # The harder a kind, the more often it is asked.
 KIND_WEIGHTS = {
@@ -34,28 +34,30 @@ KIND_WEIGHTS = {
     "count": 0.7,
     "count_of": 3.0,
     "exists": 1.3,
-    "relation": 3.0,
+    "relation": 3.5,
     "where": 0.8,
 }
 CLIP_WEIGHTS = {
-    "direction": 3.0,
-    "moves": 1.5,
-    "mover": 1.5,
-    "count_moving": 1.5,
+    "direction": 2.0,
+    "moves": 2.0,
+    "mover": 2.5,
     "colour": 0.7,
     "shape": 0.7,
     "count": 0.5,
     "where_at": 1.5,
     "track": 1.0,
 }
-TEXT_WEIGHTS = {"copy": 0.2, "lookup": 0.5, "sum": 0.26, "small_talk": 0.04}
+TEXT_WEIGHTS = {"copy": 0.24, "lookup": 0.34, "sum": 0.38, "small_talk": 0.04}
+SMALL_SUMS_SHARE = 0.25  # of one digit each: what everybody tries first is one in a hundred of all sums
 # Conversations of a text group, and the most turns one of them has.
 TEXT_GROUPS = {"copy": (6, 1), "lookup": (2, 4), "sum": (5, 8), "small_talk": (4, 3)}
 # Scenes of 1 to 6 objects: a full one answers more questions.
 OBJECT_COUNT_WEIGHTS = (0.08, 0.14, 0.18, 0.2, 0.2, 0.2)
 NAMELESS_FRACTION = 0.4  # of the objects in every second picture: a colour or a shape without a name
 
-MAX_TOOL_ROUNDS = 6  # the description of the tools costs most of the tokens
+TOOL_CHOICE_SHARE = 0.4
+NUM_TOOL_CHOICES = 10
+MAX_TOOL_ROUNDS = 4  # the description of the tools costs most of the tokens
 
 Message = dict[str, Any]
 
@@ -150,14 +152,13 @@ class PocketSource:
         return list(questions.values())
 
     def _clip_group(self, rng: np.random.Generator) -> Group:
-        """One clip, as a picture group; half of the clips end with what every object does."""
+        """One clip, as a picture group; the first conversation ends with what every object does."""
         clip = random_clip(rng, nameless_fraction=NAMELESS_FRACTION if rng.random() < 0.5 else 0.0)
         conversations = self._split(self._clip_questions(clip, rng), rng)
-        if rng.random() < 0.5 or not conversations:
-            motions = list_clip(clip, "motions", rng)
-            assert motions is not None
-            conversations = [[*turns, motions] if number == 0 else turns for number, turns in enumerate(conversations)]
-            conversations = conversations or [[motions]]
+        motions = list_clip(clip, "motions", rng)
+        assert motions is not None
+        first = conversations[0] if conversations else []
+        conversations = [[*first, motions], *conversations[1:]]
         samples = [self._conversation(turns, rng, media="video") for turns in conversations]
         return Group(samples, videos=[Clip(draw_clip(clip), FPS)])
 
@@ -167,7 +168,7 @@ class PocketSource:
             kind = _choose(rng, self.clip_weights)
             question = list_clip(clip, kind, rng) if kind in LIST_KINDS else ask_clip(clip, kind, rng)
             # What has one answer for the clip is asked once, however it is worded.
-            key = kind if kind in ("count", "count_moving", "mover") else question.text if question else ""
+            key = kind if kind == "count" else question.text if question else ""
             if question is not None and key not in questions:
                 questions[key] = question
             if len(questions) == self.questions_per_clip:
@@ -175,9 +176,13 @@ class PocketSource:
         return list(questions.values())
 
     def _tool_group(self, rng: np.random.Generator) -> Group:
-        """One conversation with tools of its own."""
-        tools = tool_tasks.random_tools(rng)
-        rounds = [tool_tasks.random_round(tools, rng) for _ in range(int(rng.integers(1, MAX_TOOL_ROUNDS + 1)))]
+        """One conversation with tools of its own; some only choose between them."""
+        chooses = rng.random() < TOOL_CHOICE_SHARE
+        tools = tool_tasks.random_tools(rng, number=int(rng.integers(2, 4)) if chooses else None)
+        if chooses:
+            rounds = [tool_tasks.random_choice(tools, rng) for _ in range(NUM_TOOL_CHOICES)]
+        else:
+            rounds = [tool_tasks.random_round(tools, rng) for _ in range(int(rng.integers(1, MAX_TOOL_ROUNDS + 1)))]
         mode = self._thinking_mode(rng)
         messages = tool_tasks.messages_of(rounds, thinking=mode == "enabled")
         return Group([Sample(messages, kind="tools", tools=[tool.schema() for tool in tools], thinking_mode=mode)])
@@ -196,8 +201,11 @@ class PocketSource:
             num_turns = int(rng.integers(1, max_turns + 1))
             if kind == "lookup":
                 turns = ask_lookups(rng, num_turns)
+            elif kind == "small_talk":
+                turns = [small_talk(rng) for _ in range(num_turns)]
             else:
-                turns = [small_talk(rng) if kind == "small_talk" else ask_text(kind, rng) for _ in range(num_turns)]
+                largest = 9 if rng.random() < SMALL_SUMS_SHARE else 99
+                turns = [ask_text(kind, rng, largest=largest) for _ in range(num_turns)]
             samples.append(self._conversation(turns, rng))
         return Group(samples)
 

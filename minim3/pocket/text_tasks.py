@@ -75,13 +75,13 @@ SMALL_TALK: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
-def ask_text(kind: str, rng: np.random.Generator, *, held_out_wording: bool = False) -> Question:
-    """One text task of `kind` ("copy", "lookup" or "sum"); it needs no picture."""
+def ask_text(kind: str, rng: np.random.Generator, *, held_out_wording: bool = False, largest: int = 99) -> Question:
+    """One text task of `kind` ("copy", "lookup" or "sum", of numbers up to `largest`); it needs no picture."""
     if kind not in TEXT_KINDS:
         raise ValueError(f"text task {kind!r} is none of {TEXT_KINDS}")
     template = pick_wording(rng, TEXT_WORDINGS[kind], held_out_wording)
     if kind == "sum":
-        first, second = rng.integers(0, 100, size=2).tolist()
+        first, second = rng.integers(0, largest + 1, size=2).tolist()
         text, reasoning = template.format(first=first, second=second), of_sum(first, second)
         return Question(kind, kind, text, str(first + second), held_out_wording, reasoning=reasoning)
     if kind == "copy":

@@ -11,6 +11,7 @@ Digits stand alone, so that sums are learnt digit by digit. Every byte is a toke
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
@@ -54,6 +55,35 @@ think should have happened. We will try to find the reason, and we will let you 
 In mathematics, a set is a collection of different things; these things are called the elements of the set. Two sets
 are equal if they have the same elements. The number of elements may be zero, or it may be without end.
 """
+# Words and signs that came with clips, tools and thoughts, in the order of completion. They are listed, not gathered:
+# the words of those tasks may change, the vocabulary of trained weights may not. Signs next to each other are one run
+# for the pre-tokenizer; these runs stand around the names in a schema and in a call.
+LATER_WORDS = (
+    "Tom", " Tom", "Ann", " Ann", "Ben", " Ben", "Eva", " Eva", "Max", " Max", "Lea", " Lea", "Tim", " Tim", "Ida",
+    " Ida", "left", " left", "right", " right", "up", " up", "down", " down", "add", " add", "plus", " plus", "sum",
+    " sum", "numbers", " numbers", "a", " a", "first", " first", "x", " x", "one", " one", "b", " b", "second",
+    " second", "y", " y", "two", " two", "times", " times", "multiply", " multiply", "product", " product", "lookup",
+    " lookup", "find", " find", "get", " get", "value", " value", "read", " read", "key", " key", "word", " word",
+    "name", " name", "text", " text", "turn", " turn", "on", " on", "switch", " switch", "start", " start", "thing",
+    " thing", "object", " object", "device", " device", "off", " off", "stop", " stop", "set", " set", "timer",
+    " timer", "wait", " wait", "alarm", " alarm", "minutes", " minutes", "time", " time", "length", " length", "send",
+    " send", "write", " write", "message", " message", "to", " to", "person", " person", "words", " words", "buy",
+    " buy", "order", " order", "shop", " shop", "item", " item", "what", " what", "count", " count", "number",
+    " number", "many", " many", "paint", " paint", "colour", " colour", "color", " color", "move", " move", "go",
+    " go", "walk", " walk", "step", " step", "direction", " direction", "where", " where", "way", " way", "steps",
+    " steps", "I", " have", " no", " tool", " for", " that", "Done", "That", " did", " not", " work", "Add", "The",
+    " of", "What", " is", " and", " the", "How", " much", "Tell", " me", " how", "Multiply", "One", " other", "Look",
+    "Find", " goes", " with", "Which", "Turn", "Switch", " something", "Please", "Can", " you", "Set", " some",
+    "Wait", "Start", " when", " are", " over", "Timer", " need", "Send", "Write", "Buy", " things", "Order", " them",
+    " please", "Paint", " in", "Give", "Make", " should", " be", " give", " make", "Move", "Go", "Take", " does",
+    " moving", "Where", "In", " which", "Does", " or", " moves", " at", " Which", " it", "Name", "Is", "Do", " see",
+    " if", " Does", " do", " objects", "Count", " seconds", " from", " last", " picture", "Follow", " tell", " each",
+    " video", "Describe", "List", " all", " they", "Tools", "tools", "tool", "call", "invoke", "response",
+    "description", "parameters", "type", "properties", "string", "integer", "required", "function", "Think", " think",
+    " before", " answer", " without", " thinking", " use", " failed", "failed", "ok", " still", " none", "_", ' "',
+    '",', '":', '{"', ' {"', '"}', '"},', '"}}', '"}}}', '"}}},', '"}}}}</', '"]', '"]}}</', "}}</", ' ["', '="',
+    '">', "</", "]<]", "[>[", "#",
+)  # fmt: skip
 # Text around the questions, as the chat template writes it.
 CHAT_WORDS = ("system", "developer", "user", "ai", "tool", "You are pocket")
 
@@ -69,17 +99,16 @@ def _spell() -> dict[int, str]:
 
 
 def build_tokenizer() -> Tokenizer:
-    """The tokenizer, the same on every call: text tokens (256 bytes, then merges), then SPECIAL_TOKENS."""
+    """The tokenizer, the same on every call: text tokens (256 bytes, then merges), SPECIAL_TOKENS, then the tokens that
+    the words of clips and tools brought later, so that no id changed."""
     table = _spell()
     merges = _learn_merges(_corpus_counts(), NUM_LEARNT_MERGES)
     ranks = {pair: rank for rank, pair in enumerate(merges)}
-    for word in world_words():
-        spelt = list(word.replace(" ", "Ġ"))
-        while len(pieces := _apply(spelt, ranks)) > 1:
-            # The space joins last, so that the forms with and without it share their merges.
-            first = 1 if pieces[0] == "Ġ" and len(pieces) > 2 else 0
-            ranks[pieces[first], pieces[first + 1]] = len(ranks)
+    _complete(world_words(), ranks)
     tokens = dict.fromkeys([table[byte] for byte in range(256)] + [left + right for left, right in ranks])
+    tokens.update(dict.fromkeys(SPECIAL_TOKENS))
+    _complete(LATER_WORDS, ranks)
+    tokens.update(dict.fromkeys(left + right for left, right in ranks))
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(ranks), fuse_unk=False))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -91,6 +120,16 @@ def build_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
     return tokenizer
+
+
+def _complete(words: Iterable[str], ranks: dict[tuple[str, str], int]) -> None:
+    """Adds to the merges what makes one token of each word."""
+    for word in words:
+        spelt = list(word.replace(" ", "Ġ"))
+        while len(pieces := _apply(spelt, ranks)) > 1:
+            # The space joins last, so that the forms with and without it share their merges.
+            first = 1 if pieces[0] == "Ġ" and len(pieces) > 2 else 0
+            ranks[pieces[first], pieces[first + 1]] = len(ranks)
 
 
 def world_words() -> list[str]:
@@ -165,6 +204,7 @@ def write_processing_files(folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": MAX_TOKENS,
     }
+    # A clip goes through the tower moment by moment, each as a picture: what moves is for the text model to compare.
     # A picture is shown in the size of the world's pictures; larger ones are made smaller, so that they take 16 tokens.
     limits: dict[str, object] = {
         "min_pixels": 4 * 28 * 28,
@@ -182,6 +222,7 @@ def write_processing_files(folder: Path) -> None:
         "fps": 1.0,
         "min_frames": 4,
         "max_frames": 16,
+        "vision_segment_max_frames": 1,
         "video_processor_type": "MiniMaxM3VLVideoProcessor",
     }
     processor_config = {"processor_class": "MiniMaxM3VLProcessor"}

@@ -1,9 +1,10 @@
 """Tools to call: a few made-up functions for each conversation, requests in words, and what is said about the results.
 
-A tool is of one of the sorts in `SORTS`, under a name of many: names and argument names vary, so that a call must be
-read off the schema. Every argument is copied from the request. Some requests fit no tool: small sums are then answered
-outright and small talk as ever, for anything else there is `NO_TOOL`. A result is answered by itself where it is a
-value, by `DONE` or `FAILED` where the tool does something.
+A tool is of one of the sorts in `SORTS`, under one of the names of its sort: by its name one of several tools is chosen
+(to choose by descriptions alone was not learnt). One that is alone may be named by any word, to be read off the schema.
+Arguments have the same names in all tools of a sort; their values are copied from the request. A request that fits no
+tool is answered with `NO_TOOL`, small talk as ever. A result is answered by itself where it is a value, by `DONE` or
+`FAILED` where the tool does something.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,28 +14,31 @@ from typing import Any
 import numpy as np
 
 from minim3.pocket.questions import pick_wording
-from minim3.pocket.reasoning import note
-from minim3.pocket.text_tasks import WORDS, ask_text, small_talk
+from minim3.pocket.reasoning import NOTHING, note
+from minim3.pocket.text_tasks import WORDS, small_talk
 from minim3.pocket.wordings import TEXT_WORDINGS, Wordings
 from minim3.pocket.world import COLOURS
 
 TOOL_KINDS = ("call", "result", "no_tool")
+CHOICE_WORDINGS = ("Which tool is for this? {request}", "Name the tool for this: {request}")
 NO_TOOL, DONE, FAILED = "I have no tool for that.", "Done.", "That did not work."
 MAX_TOOLS = 3
-NUM_TOOLS_WEIGHTS = (0.35, 0.4, 0.25)
-NO_TOOL_SHARE = 0.25
-UNHEARD_NAME_SHARE = 0.3  # of the tools are named by any word: there, only the description says what they do
+LISTS_REQUIRED_SHARE = 0.3
+NUM_TOOLS_WEIGHTS = (0.4, 0.4, 0.2)
+NO_TOOL_SHARE = 0.3
+SMALL_TALK_SHARE = 0.2  # of what fits no tool
+UNHEARD_NAME_SHARE = 0.5  # of the tools that are alone are named by a word that says nothing about what they do
+HELD_OUT_NAMES = WORDS[-24:]  # which training never gives to a tool
 PERSONS = ("Tom", "Ann", "Ben", "Eva", "Max", "Lea", "Tim", "Ida")
 DIRECTIONS = ("left", "right", "up", "down")
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """`slot` is its place in the wordings; `kind` is how values are drawn (see `_value`)."""
+    """`name` is its place in the wordings too; `kind` is how values are drawn (see `_value`)."""
 
-    slot: str
+    name: str
     kind: str
-    names: tuple[str, ...]
 
     @property
     def json_type(self) -> str:
@@ -43,29 +47,28 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Sort:
-    """What a tool does. `held_out_name` is a name that training never shows; `does_something`: without a value."""
+    """What a tool does. `does_something`: without a value."""
 
     key: str
     names: tuple[str, ...]
-    held_out_name: str
     descriptions: tuple[str, ...]
     parameters: tuple[Parameter, ...]
     requests: Wordings
     does_something: bool = True
 
 
-_FIRST = Parameter("first", "number", ("a", "first", "x", "one"))
-_SECOND = Parameter("second", "number", ("b", "second", "y", "two"))
-_THING = Parameter("thing", "word", ("thing", "name", "object", "device"))
+_FIRST = Parameter("first", "number")
+_SECOND = Parameter("second", "number")
+_THING = Parameter("thing", "word")
 
 SORTS = (
     Sort(
-        "add", ("add", "plus", "sum", "add_numbers"), "total",
+        "add", ("add", "plus", "sum"),
         ("Add two numbers.", "The sum of two numbers."), (_FIRST, _SECOND),
         TEXT_WORDINGS["sum"], does_something=False,
     ),
     Sort(
-        "times", ("times", "multiply", "product"), "mul",
+        "times", ("times", "multiply", "product"),
         ("Multiply two numbers.", "One number times the other."), (_FIRST, _SECOND),
         Wordings(
             trained=(
@@ -78,9 +81,9 @@ SORTS = (
         does_something=False,
     ),
     Sort(
-        "lookup", ("lookup", "find", "get_value", "read"), "search",
+        "lookup", ("lookup", "find", "read"),
         ("Look up the value of a key.", "Find the word that goes with a key."),
-        (Parameter("key", "word", ("key", "word", "name", "text")),),
+        (Parameter("key", "word"),),
         Wordings(
             trained=(
                 "Look up {key}.", "What is the value of {key}?", "Find {key}.", "Which word goes with {key}?",
@@ -91,7 +94,7 @@ SORTS = (
         does_something=False,
     ),
     Sort(
-        "turn_on", ("turn_on", "switch_on", "start"), "enable", ("Turn a thing on.", "Switch something on."), (_THING,),
+        "turn_on", ("turn_on", "switch_on", "start"), ("Turn a thing on.", "Switch something on."), (_THING,),
         Wordings(
             trained=(
                 "Turn on the {thing}.", "Turn the {thing} on.", "Switch on the {thing}.", "Switch the {thing} on.",
@@ -101,7 +104,7 @@ SORTS = (
         ),
     ),
     Sort(
-        "turn_off", ("turn_off", "switch_off", "stop"), "disable", ("Turn a thing off.", "Switch something off."),
+        "turn_off", ("turn_off", "switch_off", "stop"), ("Turn a thing off.", "Switch something off."),
         (_THING,),
         Wordings(
             trained=(
@@ -112,9 +115,9 @@ SORTS = (
         ),
     ),
     Sort(
-        "timer", ("set_timer", "timer", "wait", "alarm"), "countdown",
+        "timer", ("set_timer", "timer", "wait", "alarm"),
         ("Set a timer for some minutes.", "Wait some minutes."),
-        (Parameter("minutes", "number", ("minutes", "time", "length")),),
+        (Parameter("minutes", "number"),),
         Wordings(
             trained=(
                 "Set a timer for {minutes} minutes.", "Start a timer of {minutes} minutes.", "Wait {minutes} minutes.",
@@ -125,8 +128,8 @@ SORTS = (
         ),
     ),
     Sort(
-        "send", ("send", "write", "message"), "post", ("Send a message to a person.", "Write to a person."),
-        (Parameter("to", "person", ("to", "person", "name")), Parameter("text", "words", ("text", "message", "words"))),
+        "send", ("send", "write", "message"), ("Send a message to a person.", "Write to a person."),
+        (Parameter("to", "person"), Parameter("text", "words")),
         Wordings(
             trained=(
                 "Send {to} the message {text}.", "Write to {to}: {text}", "Tell {to}: {text}", "Send {text} to {to}.",
@@ -136,10 +139,10 @@ SORTS = (
         ),
     ),
     Sort(
-        "buy", ("buy", "order", "shop"), "purchase", ("Buy a number of things.", "Order things."),
+        "buy", ("buy", "order", "shop"), ("Buy a number of things.", "Order things."),
         (
-            Parameter("thing", "word", ("thing", "item", "what")),
-            Parameter("count", "number", ("count", "number", "many")),
+            _THING,
+            Parameter("count", "number"),
         ),
         Wordings(
             trained=(
@@ -150,8 +153,8 @@ SORTS = (
         ),
     ),
     Sort(
-        "paint", ("paint", "colour", "set_colour"), "dye", ("Paint a thing in a colour.", "Give a thing a colour."),
-        (_THING, Parameter("colour", "colour", ("colour", "color", "value"))),
+        "paint", ("paint", "colour"), ("Paint a thing in a colour.", "Give a thing a colour."),
+        (_THING, Parameter("colour", "colour")),
         Wordings(
             trained=(
                 "Paint the {thing} {colour}.", "Make the {thing} {colour}.", "Please paint the {thing} {colour}.",
@@ -163,10 +166,10 @@ SORTS = (
         ),
     ),
     Sort(
-        "move", ("move", "go", "walk", "step"), "drive", ("Move some steps in a direction.", "Go some steps."),
+        "move", ("move", "go", "walk", "step"), ("Move some steps in a direction.", "Go some steps."),
         (
-            Parameter("direction", "direction", ("direction", "where", "way")),
-            Parameter("steps", "number", ("steps", "number", "count")),
+            Parameter("direction", "direction"),
+            Parameter("steps", "number"),
         ),
         Wordings(
             trained=(
@@ -181,22 +184,19 @@ SORTS = (
 
 @dataclass(frozen=True)
 class Tool:
-    """A tool of one conversation. `argument_names[i]` is the name of `sort.parameters[i]`."""
+    """A tool of one conversation."""
 
     sort: Sort
     name: str
-    argument_names: tuple[str, ...]
     description: str
     lists_required: bool
 
     def schema(self) -> dict[str, Any]:
         """As it is passed in `tools=`."""
-        properties = {
-            name: {"type": parameter.json_type} for name, parameter in zip(self.argument_names, self.sort.parameters)
-        }
+        properties = {parameter.name: {"type": parameter.json_type} for parameter in self.sort.parameters}
         parameters: dict[str, Any] = {"type": "object", "properties": properties}
         if self.lists_required:
-            parameters["required"] = list(self.argument_names)
+            parameters["required"] = list(properties)
         function = {"name": self.name, "description": self.description, "parameters": parameters}
         return {"type": "function", "function": function}
 
@@ -214,29 +214,23 @@ class Round:
     result: str = ""
 
 
-def random_tools(rng: np.random.Generator, *, held_out_names: bool = False) -> list[Tool]:
-    """One to three tools of different sorts and names."""
-    number = int(rng.choice(MAX_TOOLS, p=NUM_TOOLS_WEIGHTS)) + 1
-    tools: list[Tool] = []
+def random_tools(rng: np.random.Generator, *, held_out_names: bool = False, number: int | None = None) -> list[Tool]:
+    """One to three tools, or `number` of them, of different sorts. With a held-out name it is one."""
+    if held_out_names:
+        number = 1
+    elif number is None:
+        number = int(rng.choice(MAX_TOOLS, p=NUM_TOOLS_WEIGHTS)) + 1
+    tools = []
     for index in rng.choice(len(SORTS), size=number, replace=False).tolist():
-        taken = {tool.name for tool in tools}
-        tool = _name_tool(SORTS[index], rng, held_out_names)
-        while tool.name in taken:
-            tool = _name_tool(SORTS[index], rng, held_out_names)
-        tools.append(tool)
+        sort = SORTS[index]
+        if held_out_names:
+            name = _pick(rng, HELD_OUT_NAMES)
+        elif number == 1 and rng.random() < UNHEARD_NAME_SHARE:
+            name = _pick(rng, WORDS[: -len(HELD_OUT_NAMES)])
+        else:
+            name = _pick(rng, sort.names)
+        tools.append(Tool(sort, name, _pick(rng, sort.descriptions), bool(rng.random() < LISTS_REQUIRED_SHARE)))
     return tools
-
-
-def _name_tool(sort: Sort, rng: np.random.Generator, held_out_name: bool) -> Tool:
-    if held_out_name:
-        name = sort.held_out_name
-    elif rng.random() < UNHEARD_NAME_SHARE:
-        name = _pick(rng, WORDS)
-    else:
-        name = _pick(rng, sort.names)
-    arguments = tuple(_pick(rng, parameter.names) for parameter in sort.parameters)
-    assert len(set(arguments)) == len(arguments), sort.key
-    return Tool(sort, name, arguments, _pick(rng, sort.descriptions), bool(rng.random() < 0.5))
 
 
 def _pick(rng: np.random.Generator, items: Sequence[str]) -> str:
@@ -263,7 +257,7 @@ def _value(kind: str, rng: np.random.Generator) -> int | str:
 def call_round(tool: Tool, rng: np.random.Generator, *, held_out_wording: bool = False) -> Round:
     """A request that the tool fits."""
     request, values = _request(tool.sort, rng, held_out_wording)
-    arguments = {name: values[parameter.slot] for name, parameter in zip(tool.argument_names, tool.sort.parameters)}
+    arguments = {parameter.name: values[parameter.name] for parameter in tool.sort.parameters}
     if tool.sort.does_something:
         worked = rng.random() < 0.75
         result, answer = ("ok", DONE) if worked else ("failed", FAILED)
@@ -273,7 +267,7 @@ def call_round(tool: Tool, rng: np.random.Generator, *, held_out_wording: bool =
 
 
 def _request(sort: Sort, rng: np.random.Generator, held_out_wording: bool) -> tuple[str, dict[str, Any]]:
-    values = {parameter.slot: _value(parameter.kind, rng) for parameter in sort.parameters}
+    values = {parameter.name: _value(parameter.kind, rng) for parameter in sort.parameters}
     return pick_wording(rng, sort.requests, held_out_wording).format(**values), values
 
 
@@ -287,18 +281,12 @@ def _result(sort: Sort, values: Mapping[str, Any], rng: np.random.Generator) -> 
 
 def plain_round(tools: Sequence[Tool], rng: np.random.Generator, *, held_out_wording: bool = False) -> Round:
     """A request that none of the tools fits."""
-    keys = {tool.sort.key for tool in tools}
-    choice = rng.random()
-    if choice < 0.25:
+    if rng.random() < SMALL_TALK_SHARE:
         question = small_talk(rng)
-    elif choice < 0.5 and "add" not in keys:
-        question = ask_text("sum", rng, held_out_wording=held_out_wording)
-    else:
-        # A sum is small enough to be answered without a tool.
-        missing = [sort for sort in SORTS if sort.key not in keys and sort.key != "add"]
-        sort = missing[int(rng.integers(len(missing)))]
-        return Round(_request(sort, rng, held_out_wording)[0], NO_TOOL, note("I have no tool"))
-    return Round(question.text, question.answer, question.reasoning)
+        return Round(question.text, question.answer, question.reasoning)
+    missing = _missing(tools)
+    sort = missing[int(rng.integers(len(missing)))]
+    return Round(_request(sort, rng, held_out_wording)[0], NO_TOOL, note("I have no tool"))
 
 
 def messages_of(rounds: Sequence[Round], *, thinking: bool) -> list[dict[str, Any]]:
@@ -323,3 +311,21 @@ def random_round(tools: Sequence[Tool], rng: np.random.Generator) -> Round:
     if rng.random() < NO_TOOL_SHARE:
         return plain_round(tools, rng)
     return call_round(tools[int(rng.integers(len(tools)))], rng)
+
+
+def random_choice(tools: Sequence[Tool], rng: np.random.Generator) -> Round:
+    """For training: only the name of the tool that a request needs, or `NOTHING`. A conversation of calls chooses a
+    tool once in fifty tokens, and matching requests to descriptions was not learnt from that."""
+    if rng.random() < NO_TOOL_SHARE:
+        missing = _missing(tools)
+        sort, answer = missing[int(rng.integers(len(missing)))], NOTHING
+    else:
+        tool = tools[int(rng.integers(len(tools)))]
+        sort, answer = tool.sort, tool.name
+    request = _pick(rng, CHOICE_WORDINGS).format(request=_request(sort, rng, False)[0])
+    return Round(request, answer, note(answer))
+
+
+def _missing(tools: Sequence[Tool]) -> list[Sort]:
+    keys = {tool.sort.key for tool in tools}
+    return [sort for sort in SORTS if sort.key not in keys]

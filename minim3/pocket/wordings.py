@@ -211,35 +211,34 @@ CLIP_WORDINGS: dict[str, Wordings] = {
     ),
     "mover": Wordings(
         trained=(
-            "Which object moves?",
-            "Which object is moving?",
-            "What moves?",
-            "What is moving?",
-            "Which one moves?",
-            "Name the object that moves.",
-            "Tell me which object moves.",
-            "What do you see moving?",
+            "Which moves, {one} or {two}?",
+            "Which one moves: {one} or {two}?",
+            "Which object is moving, {one} or {two}?",
+            "What moves, {one} or {two}?",
+            "Of {one} and {two}, which moves?",
+            "Tell me which moves, {one} or {two}.",
+            "Look at {one} and {two}. Which is moving?",
         ),
-        held_out=("Tell me what moves.", "Name the object that is moving."),
+        held_out=("Of {one} and {two}, which one is moving?", "Tell me which object moves, {one} or {two}."),
     ),
-    "count_moving": Wordings(
+    "where_at": Wordings(
         trained=(
-            "How many objects move?",
-            "How many objects are moving?",
-            "How many things move?",
-            "Count the objects that move.",
-            "What is the number of moving objects?",
-            "Tell me how many objects move.",
-            "How many moving objects do you see?",
+            "Where is {the} at {time} seconds?",
+            "Tell me where {the} is at {time} seconds.",
+            "Look at {the}. Where is it at {time} seconds?",
+            "Where do you see {the} at {time} seconds?",
+            "At {time} seconds, where is {the}?",
+            "Can you tell me where {the} is at {time} seconds?",
         ),
-        held_out=("Tell me how many objects are moving.", "Count the things that move."),
+        held_out=(
+            "At {time} seconds, where do you see {the}?",
+            "Look at {the}. Tell me where it is at {time} seconds.",
+        ),
     ),
 }
 
-# Where an object is at one moment ({time}) and from moment to moment, and how each object moves: trained for their
-# dense signal, not scored.
+# Where an object is from moment to moment, and how each object moves: trained for their dense signal, not scored.
 CLIP_LIST_WORDINGS: dict[str, tuple[str, ...]] = {
-    "where_at": ("Where is {the} at {time} seconds?", "Tell me where {the} is at {time} seconds."),
     "track": ("Where is {the} from the first to the last picture?", "Follow {the} and tell me where it is."),
     "motions": (
         "Which way does each object move?",
