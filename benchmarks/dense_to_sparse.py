@@ -12,6 +12,7 @@ steps of each, to see that all is in place.
 """
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,7 +168,9 @@ def main() -> None:
     recipes = {stage.name: recipe_of(stage, options.output, options.quick) for stage in stages()}
     for name, recipe in recipes.items():
         print(f"== {name}: {recipe.steps} steps", flush=True)
-        train(recipe)
+        stopped_by = train(recipe).stopped_by
+        if stopped_by is not None:
+            sys.exit(128 + stopped_by)  # the same command goes on
     num_batches = 1 if options.quick else SCORED_BATCHES
     convert = recipes["warm-up"].model.convert_to_sparse
     dense = export_of("dense", options.output)
