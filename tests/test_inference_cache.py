@@ -64,6 +64,36 @@ def test_index_keys_travel_with_their_pages_on_trim_and_reuse() -> None:
     assert cache.pool.num_free_pages == 6
 
 
+@pytest.mark.parametrize("num_allocations", range(5))
+def test_memory_that_runs_out_while_the_pool_grows_loses_nothing(
+    monkeypatch: pytest.MonkeyPatch, num_allocations: int
+) -> None:
+    """A pool that counts pages which its layers have not got is of no use to the requests that went before."""
+    cache = PagedCache(CONFIG, num_pages=2)
+    first, second = make_request(list(range(8))), make_request(list(range(30)))
+    compute(cache.pool, first, 8)
+    for place in stored(cache):
+        place[torch.tensor(first.pages)] = 1.0
+    allocate, done = torch.empty, 0
+
+    def fail_after_some(*size: object, **options: object) -> torch.Tensor:
+        nonlocal done
+        done += 1
+        if done > num_allocations:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory")
+        return allocate(*size, **options)  # type: ignore[call-overload, no-any-return]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", fail_after_some)
+        with pytest.raises(RuntimeError, match="memory"):
+            cache.pool.extend(second, 30)
+    cache.check_integrity([first, second])
+    assert cache.num_pages == 2
+    compute(cache.pool, second, 30)
+    cache.check_integrity([first, second])
+    assert all((place[torch.tensor(first.pages)] == 1).all() for place in stored(cache))
+
+
 def test_layers_of_draft_modules_lie_in_the_same_pages() -> None:
     """Pitfall 3 for speculation: keys of a draft module that live elsewhere are not shared, trimmed or evicted."""
     cache = PagedCache(CONFIG, num_pages=3, max_pages=6, num_draft_layers=2)

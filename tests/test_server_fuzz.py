@@ -235,12 +235,14 @@ RESPONSES = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize(
+ROUTES = pytest.mark.parametrize(
     ("route", "bodies"),
     [("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION), ("/v1/responses", RESPONSES)],
 )
-def test_requests_that_are_almost_right(client: httpx.Client, server: Running, route: str, bodies: Any) -> None:
-    @settings(max_examples=60, deadline=None, suppress_health_check=HEALTH)
+
+
+def send_almost_right(client: httpx.Client, server: Running, route: str, bodies: Any, num_requests: int) -> None:
+    @settings(max_examples=num_requests, deadline=None, suppress_health_check=HEALTH)
     @given(bodies)
     def run(body: Any) -> None:
         response = client.post(route, json=body)
@@ -248,19 +250,14 @@ def test_requests_that_are_almost_right(client: httpx.Client, server: Running, r
 
     run()
     server.wait_idle()
+
+
+@ROUTES
+def test_requests_that_are_almost_right(client: httpx.Client, server: Running, route: str, bodies: Any) -> None:
+    send_almost_right(client, server, route, bodies, 60)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("route", "bodies"),
-    [("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION), ("/v1/responses", RESPONSES)],
-)
+@ROUTES
 def test_many_requests_that_are_almost_right(client: httpx.Client, server: Running, route: str, bodies: Any) -> None:
-    @settings(max_examples=1500, deadline=None, suppress_health_check=HEALTH)
-    @given(bodies)
-    def run(body: Any) -> None:
-        response = client.post(route, json=body)
-        check(response.status_code, response.content, response.headers.get("content-type", ""))
-
-    run()
-    server.wait_idle()
+    send_almost_right(client, server, route, bodies, 1500)

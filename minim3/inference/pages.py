@@ -256,9 +256,9 @@ class PagePool:
         self._grow_to(doubled if self.max_pages is None else min(doubled, self.max_pages))
 
     def _grow_to(self, num_pages: int) -> None:
+        if self._on_grow is not None:
+            self._on_grow(num_pages)  # first: where there is no memory for it, nothing has happened
         fresh = range(self.num_pages, num_pages)
         self.num_pages = num_pages
         self._references += [0] * len(fresh)
-        if self._on_grow is not None:
-            self._on_grow(num_pages)
         self._put_back(fresh[::-1])

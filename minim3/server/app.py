@@ -2,8 +2,6 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 import minim3
 from minim3.inference.engine import Engine
 from minim3.processing.processor import MiniMaxM3VLProcessor
-from minim3.server import chat, completions, logs, models, operations, responses, tokenization
+from minim3.server import chat, completions, logs, models, operations, page, responses, tokenization
 from minim3.server.auth import KeyMiddleware
 from minim3.server.driver import EngineDriver
 from minim3.server.errors import INVALID_REQUEST, APIError, BadRequest, error_body
@@ -60,8 +58,8 @@ def create_app(
     app.state.server = state
     for module in (operations, models, chat, completions, responses, tokenization):
         app.include_router(module.router(state))
-    if settings.page and find_spec("minim3.server.page") is not None:
-        app.include_router(import_module("minim3.server.page").router(state))
+    if settings.page:
+        app.include_router(page.router(state))
     app.add_exception_handler(APIError, _api_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_exception)

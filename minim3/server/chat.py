@@ -7,13 +7,12 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from minim3.processing.tokenizer import Tokenizer
 from minim3.server import prompts
 from minim3.server.answers import ChatReader, Ending, TokenEntry, Update
 from minim3.server.errors import APIError, BadRequest
-from minim3.server.generation import Call, EventStream, unless_gone
+from minim3.server.generation import Call, reply
 from minim3.server.json_route import JsonRoute
 from minim3.server.schema import ChatRequest
 from minim3.server.state import ServerState
@@ -36,14 +35,7 @@ def router(state: ServerState) -> APIRouter:
             raise BadRequest("top_logprobs needs logprobs: true", param="top_logprobs")
         call = Call(state, prompts.num_choices(state.settings, body.n))
         answer = ChatAnswer(state, body, call)
-        try:
-            await unless_gone(request, lambda: call.before_deadline(answer.submit()))
-            if body.stream:
-                return EventStream(answer.chunks(), call)
-            return JSONResponse(await unless_gone(request, answer.whole))
-        finally:
-            if not body.stream or not answer.submitted:
-                call.close()
+        return await reply(request, call, answer, stream=bool(body.stream))
 
     return routes
 
@@ -64,7 +56,6 @@ class ChatAnswer:
         }
         self._prompt_ids: list[int] = []
         self._num_sent: dict[int, int] = {}
-        self.submitted = False
 
     async def submit(self) -> None:
         """Encode the conversation and queue it."""
@@ -90,7 +81,6 @@ class ChatAnswer:
         ]
         self._prompt_ids = prompt.ids
         await self._call.submit(prompt, params, self._readers, guides=guides, priority=body.priority or 0)
-        self.submitted = True
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from minim3.inference.engine import Engine
 from minim3.inference.media import find_placeholders
@@ -18,7 +17,7 @@ from minim3.server import prompts
 from minim3.server.answers import Ending, TextReader, TokenEntry, Update
 from minim3.server.chat import DONE, event
 from minim3.server.errors import APIError, BadRequest
-from minim3.server.generation import Call, EventStream, Usage, unless_gone
+from minim3.server.generation import Call, Usage, reply
 from minim3.server.json_route import JsonRoute
 from minim3.server.prompts import Prompt
 from minim3.server.schema import CompletionRequest
@@ -44,14 +43,7 @@ def router(state: ServerState) -> APIRouter:
             raise BadRequest("max_tokens 0 needs echo, and no stream: nothing is generated", param="max_tokens")
         call = Call(state, len(given) * prompts.num_choices(state.settings, body.n, len(given)))
         answer = CompletionAnswer(state, body, call, given)
-        try:
-            await unless_gone(request, lambda: call.before_deadline(answer.submit()))
-            if body.stream:
-                return EventStream(answer.chunks(), call)
-            return JSONResponse(await unless_gone(request, answer.whole))
-        finally:
-            if not body.stream or not answer.submitted:
-                call.close()
+        return await reply(request, call, answer, stream=bool(body.stream))
 
     return routes
 
@@ -98,7 +90,6 @@ class CompletionAnswer:
             "model": state.settings.model_name,
         }
         self._offsets: dict[int, int] = {}
-        self.submitted = False
 
     async def submit(self) -> None:
         """Encode the prompts and queue them."""
@@ -117,7 +108,6 @@ class CompletionAnswer:
         if body.max_tokens != 0:
             for number, prompt in enumerate(self._prompts):
                 await self._queue(number, prompt, stops)
-        self.submitted = True
 
     async def _encode(self, given: str | list[int]) -> Prompt:
         if isinstance(given, str):

@@ -5,11 +5,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from minim3.inference.request import SamplingParams
@@ -19,6 +18,7 @@ from minim3.server.driver import Reservation, Submission
 from minim3.server.errors import APIError, BadRequest, TimedOut
 from minim3.server.prompts import Prompt
 from minim3.server.state import ServerState
+from minim3.server.structured import check_guide
 
 _T = TypeVar("_T")
 PING_SECONDS = 10.0
@@ -155,7 +155,7 @@ class Call:
                     if event.finish_reason is None:
                         submission.abort(event.request)
                     if reader.index in self._guides:
-                        import_module("minim3.server.structured").check_guide(self._guides[reader.index])
+                        check_guide(self._guides[reader.index])
                     last = reader.finish(event.finish_reason or "stop")
                     self._state.metrics.answered(last.finish_reason or "stop")
                     yield last
@@ -249,6 +249,34 @@ class EventStream(StreamingResponse):
             pings.cancel()
             with suppress(asyncio.CancelledError, RuntimeError, TimedOut):  # a comment that came after the end
                 await pings
+
+
+class Answer(Protocol):
+    """A call of one route, and the shapes of its answer."""
+
+    async def submit(self) -> None:
+        """Queue what is asked."""
+
+    async def whole(self) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+
+    def chunks(self) -> AsyncIterator[str]:
+        """The events of a stream."""
+
+
+async def reply(request: Request, call: Call, answer: Answer, *, stream: bool) -> Response:
+    """Submit, and answer whole or by a stream. The call is closed at the end of either, and where there is none."""
+    streams = False
+    try:
+        await unless_gone(request, lambda: call.before_deadline(answer.submit()))
+        if not stream:
+            return JSONResponse(await unless_gone(request, answer.whole))
+        response = EventStream(answer.chunks(), call)
+        streams = True
+        return response
+    finally:
+        if not streams:
+            call.close()
 
 
 async def unless_gone(request: Request, work: Callable[[], Awaitable[_T]]) -> _T:

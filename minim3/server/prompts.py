@@ -10,7 +10,9 @@ from typing import Any
 from minim3.inference.request import SamplingParams
 from minim3.processing.messages import normalize_tools
 from minim3.processing.tokenizer import END_OF_TURN
+from minim3.server import structured
 from minim3.server.errors import BadRequest, NotFound
+from minim3.server.media import load_media
 from minim3.server.schema import SamplingFields
 from minim3.server.settings import THINKING_MODES, ServerSettings
 from minim3.server.state import ServerState
@@ -156,8 +158,6 @@ async def chat_prompt(
     check_text_length(state, sum(_num_characters(message) for message in messages), "messages")
     loaded = messages
     if any(map(_may_hold_media, messages)):
-        from minim3.server.media import load_media
-
         loaded = await load_media(
             messages, settings, processor=state.processor, workers=state.workers, max_tokens=max_prompt_tokens(state)
         )
@@ -360,7 +360,6 @@ async def make_guides(
     bound = use.choice not in ("auto", "none") or any(tool["function"].get("strict") is True for tool in use.tools)
     if response_format is None and not extras and not bound:
         return None
-    from minim3.server import structured
 
     def make() -> Any:
         return structured.make_guide(

@@ -11,14 +11,13 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 
 from minim3.processing.output import ToolCallDelta
 from minim3.server import prompts
 from minim3.server.answers import ChatReader, Ending, Update
 from minim3.server.chat import logprob_entry, make_call_id, one_line
 from minim3.server.errors import APIError, BadRequest
-from minim3.server.generation import Call, EventStream, Usage, unless_gone
+from minim3.server.generation import Call, Usage, reply
 from minim3.server.json_route import JsonRoute
 from minim3.server.responses_schema import ResponsesRequest, chat_messages, chat_tools
 from minim3.server.state import ServerState
@@ -40,14 +39,7 @@ def router(state: ServerState) -> APIRouter:
             raise BadRequest("truncation can only be disabled: nothing is cut off in silence", param="truncation")
         call = Call(state, 1)
         answer = ResponseAnswer(state, body, call)
-        try:
-            await unless_gone(request, lambda: call.before_deadline(answer.submit()))
-            if body.stream:
-                return EventStream(answer.events(), call)
-            return JSONResponse(await unless_gone(request, answer.whole))
-        finally:
-            if not body.stream or not answer.submitted:
-                call.close()
+        return await reply(request, call, answer, stream=bool(body.stream))
 
     return routes
 
@@ -63,7 +55,6 @@ class ResponseAnswer:
         self._id = _new_id("resp")
         self._created = int(time.time())
         self._items = ResponseItems(state, body.wants_logprobs)
-        self.submitted = False
 
     async def submit(self) -> None:
         """Encode the input and queue it."""
@@ -88,7 +79,6 @@ class ResponseAnswer:
         )  # fmt: skip
         self._reader = ChatReader(0, state.processor.tokenizer, mode, use.tools, ending, make_call_id)
         await self._call.submit(prompt, params, [self._reader], guides=guides, priority=body.priority or 0)
-        self.submitted = True
 
     async def whole(self) -> dict[str, Any]:
         """The answer in one piece."""
@@ -97,7 +87,7 @@ class ResponseAnswer:
                 pass
         return self._response(self._items.status, self._call.usage)
 
-    async def events(self) -> AsyncIterator[str]:
+    async def chunks(self) -> AsyncIterator[str]:
         """The answer as server-sent events, numbered."""
         number = 0
 
