@@ -1,4 +1,4 @@
-"""Steps of few new tokens: what `DecodingModel` computes is what the modules compute, in any company and any state."""
+"""Steps of few new tokens: both forms of the decoder compute what the modules compute, in any company and state."""
 
 from dataclasses import replace
 from typing import Any
@@ -11,20 +11,32 @@ from torch import Tensor, nn
 
 from minim3.inference.cache import PagedCache
 from minim3.inference.request import Request, SamplingParams
+from minim3.kernels import native
 from minim3.kernels.portable.plan import Scratch
 from minim3.model.batch import ForwardBatch, PagedContext
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM
 from minim3.model.decoding import DecodingModel
+from minim3.model.native_decoding import NativeDecodingModel
 from tests import tiny_models
 
 PROPERTY = settings(max_examples=40, deadline=None, derandomize=True)
+Form = type[DecodingModel] | type[NativeDecodingModel]
+NEEDS_COMPILER = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
+both_forms = pytest.mark.parametrize(
+    "form", [DecodingModel, pytest.param(NativeDecodingModel, marks=NEEDS_COMPILER)], ids=["portable", "native"]
+)
 Steps = list[tuple[int, int]]
 """A sequence each: tokens that are stored, and new ones."""
 
 
-def cached(model: MiniMaxM3SparseForCausalLM, steps: Steps, page_size: int, seed: int = 0) -> ForwardBatch:
+def cached(
+    model: MiniMaxM3SparseForCausalLM, steps: Steps, page_size: int, seed: int = 0, num_draft_layers: int = 0
+) -> ForwardBatch:
     """A batch whose past is random, in shuffled pages; every place that holds no token holds NaN."""
-    cache = PagedCache(model.text_config, page_size=page_size, num_pages=4, shuffle_seed=seed, poison=True)
+    cache = PagedCache(
+        model.text_config, page_size=page_size, num_pages=4, shuffle_seed=seed, poison=True,
+        num_draft_layers=num_draft_layers,
+    )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     table, slots, positions = [], list[int](), list[int]()
     for stored, new in steps:
@@ -51,15 +63,15 @@ def cached(model: MiniMaxM3SparseForCausalLM, steps: Steps, page_size: int, seed
     return ForwardBatch(torch.tensor(positions), *lengths, context)
 
 
-def prepared(model: MiniMaxM3SparseForCausalLM) -> DecodingModel:
+def prepared(model: MiniMaxM3SparseForCausalLM, form: Form) -> DecodingModel | NativeDecodingModel:
     model.pack_for_inference()
-    decoding = DecodingModel.of(model.text_model)
+    decoding = form.of(model.text_model)
     assert decoding is not None
     return decoding
 
 
-def embeddings(batch: ForwardBatch) -> Tensor:
-    return torch.randn(batch.num_tokens, 32, generator=torch.Generator().manual_seed(batch.num_tokens))
+def embeddings(batch: ForwardBatch, width: int = 32) -> Tensor:
+    return torch.randn(batch.num_tokens, width, generator=torch.Generator().manual_seed(batch.num_tokens))
 
 
 def step_of(model: MiniMaxM3SparseForCausalLM, steps: Steps, page_size: int = 4) -> tuple[Tensor, ForwardBatch]:
@@ -67,10 +79,12 @@ def step_of(model: MiniMaxM3SparseForCausalLM, steps: Steps, page_size: int = 4)
     return embeddings(batch), batch
 
 
-def compare(model: MiniMaxM3SparseForCausalLM, decoding: DecodingModel, steps: Steps, page_size: int = 4) -> None:
+def compare(
+    model: MiniMaxM3SparseForCausalLM, decoding: DecodingModel | NativeDecodingModel, steps: Steps, page_size: int = 4
+) -> None:
     """Hidden states and what was stored, against the modules on a cache of the same content."""
     ours, theirs = cached(model, steps, page_size), cached(model, steps, page_size)
-    x = embeddings(ours)
+    x = embeddings(ours, model.text_config.hidden_size)
     with torch.inference_mode():
         got = decoding.forward_packed(x, ours)
         want = model.text_model.forward_packed(x, theirs)
@@ -101,35 +115,39 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+@both_forms
 @pytest.mark.parametrize("name", MODELS)
-def test_it_computes_what_the_modules_compute(name: str) -> None:
+def test_it_computes_what_the_modules_compute(form: Form, name: str) -> None:
     model = tiny_models.text_model(3, **MODELS[name])
-    decoding = prepared(model)
+    decoding = prepared(model, form)
     for steps in ([(0, 1)], [(3, 1)], [(4, 1)], [(7, 1)], [(8, 1)], [(30, 1)], [(31, 1)], [(32, 1)],
                   [(30, 1), (2, 1)], [(30, 1), (2, 1), (17, 1), (64, 1)], [(28, 3)], [(40, 4), (21, 4)]):  # fmt: skip
         compare(model, decoding, steps)
 
 
+@both_forms
 @PROPERTY
 @given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 3)), min_size=1, max_size=6), st.sampled_from([4, 2, 8]))
-def test_any_step_it_takes_is_right(steps: Steps, page_size: int) -> None:
+def test_any_step_it_takes_is_right(form: Form, steps: Steps, page_size: int) -> None:
     """Mixed lengths, decoding and verification in one step, pages that are not blocks."""
     model = tiny_models.text_model(1)
-    decoding = prepared(model)
+    decoding = prepared(model, form)
     with torch.inference_mode():
         taken = decoding.forward_packed(*step_of(model, steps, page_size)) is not None
     if taken:
         compare(model, decoding, steps, page_size)
     else:  # some sequence has a query within the budget and another beyond it
+        assert form is DecodingModel
         assert any(stored + 1 <= 8 < stored + new for stored, new in steps)
 
 
+@both_forms
 @pytest.mark.parametrize("page_size", [4, 2, 8])
 @pytest.mark.parametrize("shuffle_seed", [None, 1])
-def test_step_after_step_is_right(page_size: int, shuffle_seed: int | None) -> None:
+def test_step_after_step_is_right(form: Form, page_size: int, shuffle_seed: int | None) -> None:
     """Tables go on from step to step: into the next row, block and page, past the budget, and back."""
     model = tiny_models.text_model(2, index_score_type="max")
-    decoding, scratch = prepared(model), Scratch()
+    decoding, scratch = prepared(model, form), Scratch()
     config = model.text_config
     caches = [PagedCache(config, page_size=page_size, shuffle_seed=shuffle_seed, poison=True) for _ in range(2)]
     request = Request(request_id="r", token_ids=[3], num_prompt_tokens=1, max_new_tokens=1, params=SamplingParams())
@@ -154,11 +172,12 @@ def test_step_after_step_is_right(page_size: int, shuffle_seed: int | None) -> N
         assert (got - want).abs().max() <= 1e-5 * want.abs().max(), position
 
 
+@both_forms
 @pytest.mark.parametrize("page_size", [4, 8])
-def test_steps_of_a_few_tokens_go_on_from_each_other(page_size: int) -> None:
+def test_steps_of_a_few_tokens_go_on_from_each_other(form: Form, page_size: int) -> None:
     """Verification of drafts: two or three tokens, of which one or more stay; into the next row, past the budget."""
     model = tiny_models.text_model(2)
-    decoding, scratch = prepared(model), Scratch()
+    decoding, scratch = prepared(model, form), Scratch()
     caches = [PagedCache(model.text_config, page_size=page_size, shuffle_seed=1, poison=True) for _ in range(2)]
     request = Request(request_id="r", token_ids=[3], num_prompt_tokens=1, max_new_tokens=1, params=SamplingParams())
     x = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
@@ -194,6 +213,7 @@ def test_steps_of_a_few_tokens_go_on_from_each_other(page_size: int) -> None:
             got = decoding.forward_packed(x[start : start + count], ours)
             want = model.text_model.forward_packed(x[start : start + count], theirs)
         if got is None:  # one query within the budget, one beyond it
+            assert form is DecodingModel
             assert start < 8 < start + count
             for ours_layer, theirs_layer in zip(caches[0].layers, caches[1].layers, strict=True):
                 for mine, right in zip(ours_layer.tokens, theirs_layer.tokens, strict=True):
@@ -203,10 +223,11 @@ def test_steps_of_a_few_tokens_go_on_from_each_other(page_size: int) -> None:
         start += kept
 
 
-def test_tables_of_other_pages_are_not_gone_on_from() -> None:
+@both_forms
+def test_tables_of_other_pages_are_not_gone_on_from(form: Form) -> None:
     """Two sequences that take turns, one a token ahead: their lengths follow each other, their pages do not."""
     model = tiny_models.text_model(2)
-    decoding, scratch = prepared(model), Scratch()
+    decoding, scratch = prepared(model, form), Scratch()
     for seed in range(6):
         stored = 17 + seed % 2  # in the same row of another sequence's pages
         steps = [(stored, 1)]
@@ -221,10 +242,11 @@ def test_tables_of_other_pages_are_not_gone_on_from() -> None:
         assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-def test_the_answer_of_a_step_does_not_change_in_the_next() -> None:
+@both_forms
+def test_the_answer_of_a_step_does_not_change_in_the_next(form: Form) -> None:
     """Buffers are used again; what was returned must not be one of them."""
     model = tiny_models.text_model()
-    decoding = prepared(model)
+    decoding = prepared(model, form)
     batch = cached(model, [(9, 1)], 4)
     with torch.inference_mode():
         first = decoding.forward_packed(embeddings(batch), batch)
@@ -234,20 +256,22 @@ def test_the_answer_of_a_step_does_not_change_in_the_next() -> None:
     assert torch.equal(first, kept)
 
 
-def test_it_works_outside_of_inference_mode_after_it() -> None:
+@both_forms
+def test_it_works_outside_of_inference_mode_after_it(form: Form) -> None:
     model = tiny_models.text_model()
-    decoding = prepared(model)
+    decoding = prepared(model, form)
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
         batch = cached(model, [(9, 1)], 4)
         with mode():
             assert decoding.forward_packed(embeddings(batch), batch) is not None
 
 
-def test_a_model_made_in_inference_mode_is_run_too() -> None:
+@both_forms
+def test_a_model_made_in_inference_mode_is_run_too(form: Form) -> None:
     """Its weights count no changes, and may not be written to outside of that mode."""
     with torch.inference_mode():
         model = tiny_models.text_model()
-        decoding = prepared(model)
+        decoding = prepared(model, form)
         compare(model, decoding, [(9, 1)])
         compare(model, decoding, [(9, 1), (3, 2)])
 
@@ -276,11 +300,12 @@ def _change_data(model: Any) -> None:
     moe.experts.w2.data = moe.experts.w2.data * 2
 
 
+@both_forms
 @pytest.mark.parametrize("change", [_replace_parameter, _change_norm, _replace_module, _hook, _change_data])
-def test_a_model_that_changed_is_not_run_as_it_was(change: Any) -> None:
+def test_a_model_that_changed_is_not_run_as_it_was(form: Form, change: Any) -> None:
     """A weight, a module or a hook that came after preparation would be left out without a word."""
     model = tiny_models.text_model()
-    decoding = prepared(model)
+    decoding = prepared(model, form)
     step = step_of(model, [(9, 1)])
     with torch.inference_mode():
         assert decoding.forward_packed(*step) is not None
@@ -288,14 +313,15 @@ def test_a_model_that_changed_is_not_run_as_it_was(change: Any) -> None:
         assert decoding.forward_packed(*step) is None
 
 
-def test_what_has_no_such_form_is_left_to_the_modules() -> None:
+@both_forms
+def test_what_has_no_such_form_is_left_to_the_modules(form: Form) -> None:
     """Other dtypes, the reference, hooks, modules of other classes, long steps, and steps without pages."""
     for model in (tiny_models.text_model().bfloat16(), tiny_models.text_model(backend="reference")):
         model.pack_for_inference()
-        assert DecodingModel.of(model.text_model) is None
+        assert form.of(model.text_model) is None
     model = tiny_models.text_model()
-    assert DecodingModel.of(model.text_model) is None, "nothing is packed yet"
-    decoding = prepared(model)
+    assert form.of(model.text_model) is None, "nothing is packed yet"
+    decoding = prepared(model, form)
     with torch.inference_mode():
         assert decoding.forward_packed(torch.zeros(1, 32), ForwardBatch.packed([1])) is None
         assert decoding.forward_packed(*step_of(model, [(20, 1), (0, 30)])) is None
@@ -309,6 +335,7 @@ def test_an_adapter_in_the_place_of_a_projection_takes_part() -> None:
         layer.self_attn.o_proj = nn.Sequential(layer.self_attn.o_proj, nn.Tanh())
     mlp = model.text_model.layers[2].block_sparse_moe.shared_experts
     mlp.down_proj = nn.Sequential(mlp.down_proj, nn.Tanh())
-    decoding = prepared(model)
+    decoding = prepared(model, DecodingModel)
+    assert NativeDecodingModel.of(model.text_model) is None, "it would leave the adapters out"
     for steps in ([(9, 1)], [(9, 1), (20, 1)]):
         compare(model, decoding, steps)

@@ -14,6 +14,7 @@ from minim3.model.counts import FORMATS, cache_bytes_per_token, count_parameters
 DEFAULT_CONTEXT = 32768
 KERNELS = (
     "select_blocks", "block_sparse_attention", "varlen_attention", "indexer_kl", "norm_rope_store", "grouped_experts",
+    "decoder_step",
 )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from minim3.inference.scheduler import Chunk
 from minim3.kernels.portable.plan import Scratch
 from minim3.model.batch import ForwardBatch, PagedContext
 from minim3.model.decoding import DecodingModel
+from minim3.model.native_decoding import NativeDecodingModel
 
 if TYPE_CHECKING:
     from minim3.model.causal_lm import CausalLM
@@ -46,7 +47,7 @@ class Runner:
         self.device = cache.device
         self._page_table = _PageTable(cache.device)
         self._scratch = Scratch()
-        self.decoding = DecodingModel.of(model.text_model)
+        self.decoding = NativeDecodingModel.of(model.text_model) or DecodingModel.of(model.text_model)
 
     def run(self, plan: Sequence[Chunk]) -> StepOutput:
         """Compute the planned tokens and store their K, V and index keys; their pages must have been handed out."""

@@ -7,6 +7,9 @@ kernel for the types and shapes, else portable. Each choice is logged once (logg
 queries, S packed keys, N sequences; lengths are int32 tensors or sequences of integers.
 The paged ops take a `PagedPlan` of the step besides, where one is shared by many calls with the same sequences; in
 Triton also a `DevicePlan`, where only the device knows the lengths.
+
+Besides the ops there is the choice of "decoder_step": a whole step of few new tokens on a CPU, which `native` runs in C
+where it can be compiled, and `minim3.model.decoding` puts together otherwise.
 """
 
 import importlib
@@ -82,6 +85,8 @@ def choose(implementation: str | None, op: str, device: torch.device | str, dtyp
 @cache
 def _choose(implementation: str | None, op: str, device_type: str, dtype: torch.dtype, misfit: str | None) -> Choice:
     """`misfit`: why a Triton kernel does not take the shapes at hand."""
+    if op == "decoder_step":
+        return _choose_decoder(implementation, device_type, dtype)
     if implementation in _MODULES:
         choice = Choice(implementation, "requested")
     elif implementation not in (None, "triton"):
@@ -103,6 +108,29 @@ def _choose(implementation: str | None, op: str, device_type: str, dtype: torch.
                 f"available: {', '.join(implementations())} (or None to choose automatically)"
             )
     logger.info("%s on %s in %s runs %s: %s", op, device_type, dtype, *choice)
+    return choice
+
+
+def _choose_decoder(implementation: str | None, device_type: str, dtype: torch.dtype) -> Choice:
+    """A whole step of decoding: in C on a CPU, else put together from the other ops."""
+    why_not = availability.why_not_native(device_type, dtype)
+    if implementation == "native" and why_not is not None:
+        raise ValueError(
+            f"implementation='native' is not available for decoder_step on {device_type} in {dtype}: {why_not}; "
+            "pass None to choose automatically"
+        )
+    if implementation in ("native", "portable", "reference", "triton"):
+        choice = Choice(implementation, "requested")
+    elif implementation is not None:
+        raise ValueError(
+            f"implementation={implementation!r} is unknown for decoder_step on {device_type} in {dtype}; "
+            "known: native, portable, reference, triton (or None to choose automatically)"
+        )
+    elif why_not is None:
+        choice = Choice("native", "kernels in C, compiled for this processor")
+    else:
+        choice = Choice("portable", f"plain PyTorch, not the kernels in C: {why_not}")
+    logger.info("decoder_step on %s in %s runs %s: %s", device_type, dtype, *choice)
     return choice
 
 

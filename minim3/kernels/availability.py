@@ -10,6 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from minim3.kernels import native
+
 TRITON_OPS = (
     "block_sparse_attention",
     "block_sparse_attention_paged",
@@ -49,6 +51,13 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cuda":
         return "Triton kernels run on CUDA devices"
     return _why_no_cuda()
+
+
+def why_not_native(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the decoder in C does not run steps on such a device in `dtype`, or None. Asking compiles it."""
+    if device_type != "cpu":
+        return "they run on the CPU"
+    return native.why_not() if dtype == torch.float32 else "they take fp32"
 
 
 @cache

@@ -183,7 +183,7 @@ class DecodingModel:
         self._head_dim = config.head_dim
         # What runs beside another over the same batch shares its buffers, and what it has made for the step.
         self._spaces: dict[int, Space] = {} if beside is None else beside._spaces
-        self._watch: _Watch = _Watch(model) if beside is None else beside._watch
+        self._watch: Watch = Watch(model) if beside is None else beside._watch
 
     @classmethod
     def of(cls, model: MiniMaxM3TextModel) -> "DecodingModel | None":
@@ -296,7 +296,7 @@ def _packed_projection(block: nn.Module) -> PackedProjection | None:
 _VERSION = attrgetter("_version")
 
 
-class _Watch:
+class Watch:
     """Notices a module, parameter, buffer or hook that was not there when the model was prepared."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from minim3.config import MiniMaxM3VLTextConfig
-from minim3.kernels.portable.experts import swiglu_oai_
+from minim3.kernels.portable.experts import SwigluOAI, swiglu_oai_
 from minim3.kernels.reference import swiglu_oai
 
 __all__ = [
@@ -96,9 +97,31 @@ class PackedScale:
         return (x * (x * x).sum(-1, keepdim=True).add_(self.sum_eps).rsqrt_()).mul_(self.scale)
 
 
-def rms_normalize(x: Tensor, eps: float) -> Tensor:
-    """`x * rsqrt(mean(x^2) + eps)` over the last dimension; `x` is at least fp32."""
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True).add_(eps))
+class _Normalize(torch.autograd.Function):
+    """`x / rms(x) * scale` over the last dimension, in few passes over memory: those are all that it costs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        wide = at_least_fp32(x)
+        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, inverse)
+        return (wide * inverse).mul_(scale).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, scale, inverse = ctx.saved_tensors
+        normed, grad = at_least_fp32(x) * inverse, at_least_fp32(grad)
+        product = grad * normed
+        grad_scale = product.view(-1, x.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_scale, None
+        with torch.autocast(x.device.type, enabled=False):  # the product is to stay in fp32
+            along = (product @ scale).unsqueeze(-1).div_(-x.shape[-1])
+        # What points along x itself drops out, since the norm takes it away.
+        grad_x = torch.mul(grad, scale, out=product).addcmul_(normed, along).mul_(inverse)
+        return grad_x.to(x.dtype), grad_scale, None
 
 
 class MiniMaxM3RMSNorm(nn.Module):
@@ -131,7 +154,7 @@ class MiniMaxM3RMSNorm(nn.Module):
         if packed is not None and not torch.is_grad_enabled() and packed.holds([self]):
             normed = packed(at_least_fp32(x)).to(x.dtype)
         else:
-            normed = (rms_normalize(at_least_fp32(x), self.eps) * self.scale()).to(x.dtype)
+            normed = _Normalize.apply(x, self.scale(), self.eps)
         return normed if residual is None else (normed, x)
 
     def pack_for_inference(self) -> None:
@@ -162,12 +185,35 @@ def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
     x: `[..., heads, head_dim]`; freqs_cis: `[..., rotary_dim]` with rotary_dim <= head_dim. The other channels pass.
     """
-    rotary_dim = freqs_cis.shape[-1]
+    return _Rotate.apply(x, freqs_cis)
+
+
+class _Rotate(torch.autograd.Function):
+    """The gradient of a rotation is the rotation back; `freqs_cis` has none."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, freqs_cis: Tensor) -> Tensor:
+        ctx.save_for_backward(freqs_cis)
+        return _rotate(x, freqs_cis, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (freqs_cis,) = ctx.saved_tensors
+        return _rotate(grad, freqs_cis, -1), None
+
+
+def _rotate(x: Tensor, freqs_cis: Tensor, direction: int) -> Tensor:
+    """`apply_rotary`, or with a `direction` of -1 its inverse."""
+    half = freqs_cis.shape[-1] // 2
     cos, sin = freqs_cis.unsqueeze(-2).chunk(2, dim=-1)
-    first, second, rest = at_least_fp32(x).split(
-        [rotary_dim // 2, rotary_dim // 2, x.shape[-1] - rotary_dim], dim=-1
-    )
-    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
+    wide = at_least_fp32(x)
+    out = torch.empty_like(wide, memory_format=torch.contiguous_format)
+    first, second = wide[..., :half], wide[..., half : 2 * half]
+    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=out[..., half : 2 * half]).addcmul_(first, sin, value=direction)
+    out[..., 2 * half :] = wide[..., 2 * half :]
+    return out.to(x.dtype)
 
 
 class RotaryFactors(NamedTuple):
@@ -217,4 +263,5 @@ class MiniMaxM3MLP(nn.Module):
         if packed is not None and not torch.is_grad_enabled() and packed.holds([self.gate_proj, self.up_proj]):
             gate_up = at_least_fp32(packed(x))
             return self.down_proj(swiglu_oai_(gate_up, self.alpha, self.limit, self.beta).to(x.dtype))
-        return self.down_proj(swiglu_oai(self.gate_proj(x), self.up_proj(x), self.alpha, self.limit, self.beta))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(SwigluOAI.apply(gate, up, self.alpha, self.limit, self.beta))

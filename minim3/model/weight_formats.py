@@ -185,7 +185,7 @@ class Int4Matrix:
         return _padded(x.bfloat16(), 2 * self.codes.shape[1])
 
     def product(self, x: Tensor) -> Tensor:
-        if x.shape[0] <= _INT4_ROWS_OF_X or _int4_layout() is None:
+        if x.shape[0] <= _INT4_ROWS_OF_X or int4_layout() is None:
             # What was split off a joint matrix keeps its factors between those of the others.
             factors = self.scales_and_zeros.contiguous()
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, self.group_size, factors)
@@ -200,7 +200,7 @@ class Int4Matrix:
         return lambda x: torch._weight_int4pack_mm_for_cpu(x, codes, group_size, factors)
 
     def dequantize(self) -> Tensor:
-        if _int4_layout() is None:
+        if int4_layout() is None:
             raise ValueError("the order in which this torch packs 4-bit weights on this processor is not known")
         weight = self._transposed(slice(0, self.codes.shape[0]), torch.float32)
         return self._unpad(weight[: self.columns]).t().contiguous()
@@ -230,7 +230,7 @@ class Int4Matrix:
 
     def _transposed(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """The weights of whole blocks of rows, rounded to `dtype` once, as `[columns padded, rows]`."""
-        layout = _int4_layout()
+        layout = int4_layout()
         assert layout is not None
         codes = _unpack_int4(self.codes[rows], *layout).sub_(8).unflatten(0, (-1, self.group_size)).to(dtype)
         # Scales side by side, and zeros: a product with every second number of a row is several times slower.
@@ -336,7 +336,7 @@ class Int4Layout(NamedTuple):
 
 
 @cache
-def _int4_layout() -> Int4Layout | None:
+def int4_layout() -> Int4Layout | None:
     """The layout here, which depends on the processor, found by packing numbers; None for one not known."""
     codes = torch.arange(2 * _ROWS * 6, dtype=torch.int32).mul_(7).bitwise_and_(15).view(2 * _ROWS, 6)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)

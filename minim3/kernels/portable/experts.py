@@ -4,7 +4,7 @@ T tokens, K choices a token, E experts, F their width. A custom gradient writes 
 (indexing the stack under autograd would allocate the whole stack once per expert).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ _DECODE_TOKENS = 4
 
 FEW_ROWS = 512
 """Up to this many rows (tokens times choices) those of all experts are activated at once."""
+
+_PART_ROWS = 512
+"""Rows of an expert that are handled at once where gradients are wanted."""
 
 
 def grouped_experts(
@@ -145,81 +148,113 @@ def _decode(
 
 
 class _GroupedExperts(torch.autograd.Function):
+    """Some rows of one expert at a time, whose products and activations stay in a core's own cache."""
+
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, weights: Tensor,
         activation: tuple[float, float, float],
     ) -> Tensor:  # fmt: skip
         token, inverse, slices = _sort_by_expert(expert_ids, w13.shape[0])
-        hidden = x.index_select(0, token)
-        gate_up = hidden.new_empty(hidden.shape[0], w13.shape[1])
-        y = torch.empty_like(hidden)
-        for expert, rows in slices:
-            torch.mm(hidden[rows], w13[expert].to(x.dtype).t(), out=gate_up[rows])
-        act = swiglu_oai_(gate_up.clone(), *activation)
-        for expert, rows in slices:
-            torch.mm(act[rows], w2[expert].to(x.dtype).t(), out=y[rows])
-        ctx.save_for_backward(x, w13, w2, weights, token, inverse, gate_up)
+        weight = torch.empty_like(weights.view(-1)).index_copy_(0, inverse, weights.reshape(-1)).unsqueeze(1)
+        gate_up = x.new_empty(token.shape[0], w13.shape[1])
+        out = torch.zeros_like(x, memory_format=torch.contiguous_format)
+        for expert, rows in _parts(slices):
+            torch.mm(x.index_select(0, token[rows]), w13[expert].to(x.dtype).t(), out=gate_up[rows])
+            act = swiglu_oai_(gate_up[rows].clone(), *activation).mul_(weight[rows])
+            # Tokens are distinct within an expert, so that sums have one order.
+            out.index_add_(0, token[rows], act @ w2[expert].to(x.dtype).t())
+        ctx.save_for_backward(x, w13, w2, weight, token, inverse, gate_up)
         ctx.slices, ctx.activation = slices, activation
-        return _combine(y, inverse, weights)
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w13, w2, weights, token, inverse, gate_up = ctx.saved_tensors
-        alpha, limit, beta = ctx.activation
-        needs = ctx.needs_input_grad
+        x, w13, w2, weight, token, inverse, gate_up = ctx.saved_tensors
+        needs_x, needs_w13, needs_w2, _, needs_weights, _ = ctx.needs_input_grad
         grad = grad.contiguous()
-        grad_y = grad.index_select(0, token)
-        grad_act = grad.new_empty(grad_y.shape[0], w2.shape[2])
-        for expert, rows in ctx.slices:
-            torch.mm(grad_y[rows], w2[expert].to(x.dtype), out=grad_act[rows])
-
-        raw_gate, raw_up = gate_up.chunk(2, dim=-1)
-        # Most batches never reach the limit: two reductions then save four passes.
-        clamps = bool(limit and raw_gate.numel() and torch.maximum(raw_gate.amax(), raw_up.abs().amax()) > limit)
-        gate, up = (raw_gate.clamp(max=limit), raw_up.clamp(-limit, limit)) if clamps else (raw_gate, raw_up)
-        up = up + beta
-        sigmoid = (gate * alpha).sigmoid_()
-        gated = gate * sigmoid
-        act = gated * up
-        # <w2 act, grad> needs no second product: it is <act, w2^T grad>.
-        grad_weights = (act * grad_act).sum(-1).index_select(0, inverse).view_as(weights) if needs[4] else None
-        sorted_weights = torch.empty_like(weights.view(-1)).index_copy_(0, inverse, weights.reshape(-1)).unsqueeze(1)
-
-        grad_w2 = None
-        if needs[2]:
-            act *= sorted_weights
-            grad_w2 = torch.zeros_like(w2)
-            for expert, rows in ctx.slices:
-                _product_into(grad_w2[expert], grad_y[rows].t(), act[rows])
-        grad_w13 = grad_x = None
-        if needs[0] or needs[1]:
-            grad_act *= sorted_weights
-            grad_gate_up = torch.empty_like(gate_up)
-            grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-            torch.mul(grad_act, gated, out=grad_up)
-            # d(g s)/dg = s (1 + alpha g (1 - s)), with s = sigmoid(alpha g)
-            slope = torch.addcmul(sigmoid, (gated * alpha), 1.0 - sigmoid)
-            torch.mul(grad_act.mul_(up), slope, out=grad_gate)
-            if clamps:
-                grad_gate.masked_fill_(raw_gate > limit, 0.0)
-                grad_up.masked_fill_(raw_up.abs() > limit, 0.0)
-            if needs[1]:
-                hidden = x.index_select(0, token)
-                grad_w13 = torch.zeros_like(w13)
-                for expert, rows in ctx.slices:
-                    _product_into(grad_w13[expert], grad_gate_up[rows].t(), hidden[rows])
-            if needs[0]:
-                grad_hidden = torch.empty_like(grad_y)
-                for expert, rows in ctx.slices:
-                    torch.mm(grad_gate_up[rows], w13[expert].to(x.dtype), out=grad_hidden[rows])
-                grad_x = grad_hidden.index_select(0, inverse).view(*weights.shape, x.shape[-1]).sum(1)
-        return grad_x, grad_w13, grad_w2, None, grad_weights, None
+        grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs_x else None
+        grad_w13 = torch.zeros_like(w13) if needs_w13 else None
+        grad_w2 = torch.zeros_like(w2) if needs_w2 else None
+        grad_weight = torch.empty_like(weight) if needs_weights else None
+        for expert, rows in _parts(ctx.slices):
+            tokens = token[rows]
+            grad_y = grad.index_select(0, tokens)
+            grad_act = grad_y @ w2[expert].to(x.dtype)
+            swiglu = SwigluGradient(*gate_up[rows].chunk(2, dim=-1), *ctx.activation)
+            if grad_weight is not None:
+                # <w2 act, grad> needs no second product: it is <act, w2^T grad>.
+                torch.sum(swiglu.act * grad_act, -1, keepdim=True, out=grad_weight[rows])
+            if grad_w2 is not None:
+                _add_product(grad_w2[expert], grad_y.t(), swiglu.act.mul_(weight[rows]))
+            if grad_w13 is None and grad_x is None:
+                continue
+            grad_gate_up = torch.empty_like(gate_up[rows])
+            swiglu.backward(grad_act.mul_(weight[rows]), *grad_gate_up.chunk(2, dim=-1))
+            if grad_w13 is not None:
+                _add_product(grad_w13[expert], grad_gate_up.t(), x.index_select(0, tokens))
+            if grad_x is not None:
+                grad_x.index_add_(0, tokens, grad_gate_up @ w13[expert].to(x.dtype))
+        if grad_weight is not None:
+            grad_weight = grad_weight.view(-1).index_select(0, inverse).view(-1, inverse.shape[0] // x.shape[0])
+        return grad_x, grad_w13, grad_w2, None, grad_weight, None
 
 
-def _product_into(target: Tensor, a: Tensor, b: Tensor) -> None:
+def _parts(slices: Sequence[tuple[int, slice]]) -> Iterator[tuple[int, slice]]:
+    """The rows of each expert, `_PART_ROWS` at a time."""
+    for expert, rows in slices:
+        for start in range(rows.start, rows.stop, _PART_ROWS):
+            yield expert, slice(start, min(start + _PART_ROWS, rows.stop))
+
+
+def _add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
     if target.dtype == a.dtype:
-        torch.mm(a, b, out=target)
+        target.addmm_(a, b)
     else:
-        target.copy_(a @ b)
+        target += a @ b
+
+
+class SwigluOAI(torch.autograd.Function):
+    """`swiglu_oai` that keeps its inputs alone for the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, alpha: float, limit: float, beta: float) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = alpha, limit, beta
+        return swiglu_oai(gate, up, alpha, limit, beta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        dtype = at_least_fp32(gate.dtype)
+        grad_gate, grad_up = (torch.empty_like(x, dtype=dtype) for x in (gate, up))
+        swiglu = SwigluGradient(gate.to(dtype), up.to(dtype), *ctx.activation)
+        swiglu.backward(grad.to(dtype), grad_gate, grad_up)
+        return grad_gate.to(gate.dtype), grad_up.to(up.dtype), None, None, None
+
+
+class SwigluGradient:
+    """The gradient of `swiglu_oai` at a gate and an up part of at least fp32; `act` is what it gives there."""
+
+    def __init__(self, gate: Tensor, up: Tensor, alpha: float, limit: float, beta: float) -> None:
+        self.raw_gate, self.raw_up, self.alpha, self.limit = gate, up, alpha, limit
+        # Most batches never reach the limit: two reductions then save four passes.
+        self.clamps = bool(limit and gate.numel() and torch.maximum(gate.amax(), up.abs().amax()) > limit)
+        if self.clamps:
+            gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        self.up = up + beta
+        self.sigmoid = (gate * alpha).sigmoid_()
+        self.gated = gate * self.sigmoid
+        self.act = self.gated * self.up
+
+    def backward(self, grad: Tensor, grad_gate: Tensor, grad_up: Tensor) -> None:
+        """Fill `grad_gate` and `grad_up`."""
+        torch.mul(grad, self.gated, out=grad_up)
+        # d(g s)/dg = s (1 + alpha g (1 - s)), with s = sigmoid(alpha g)
+        slope = torch.addcmul(self.sigmoid, self.gated, 1.0 - self.sigmoid, value=self.alpha)
+        torch.mul(grad * self.up, slope, out=grad_gate)
+        if self.clamps:
+            grad_gate.masked_fill_(self.raw_gate > self.limit, 0.0)
+            grad_up.masked_fill_(self.raw_up.abs() > self.limit, 0.0)

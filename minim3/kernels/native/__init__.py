@@ -1,0 +1,134 @@
+"""Kernels in C for decoding on a CPU: a whole step of the decoder in one call.
+
+A step of few tokens is bound by reading weights; in eager PyTorch half of its time goes to launching operators instead,
+and an attention that reads chosen blocks where they lie cannot be put together from operators at all. `step.c` computes
+all layers in one parallel region. It is plain C with the vector extension of gcc and clang (no intrinsics, any
+processor), compiled where it runs (`build`); where that cannot be done, portable PyTorch runs instead, and
+`minim3 info` says so. The structures below mirror those of the C.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minim3.kernels.native import build
+
+MOST_TOKENS = 64
+"""New tokens of a step; with more, products of many rows are as good elsewhere."""
+MOST_ROWS = 32
+"""Query heads of a KV head, and index heads."""
+FP32, INT8, INT4 = range(3)
+"""Formats of a matrix."""
+
+
+def why_not() -> str | None:
+    """Why the kernels cannot run here, or None."""
+    found = build.library()
+    return found if isinstance(found, str) else None
+
+
+def lanes() -> int:
+    """fp32 numbers of a vector; dimensions of heads are multiples of it."""
+    return int(_library().minim3_lanes())
+
+
+def int4_blocks() -> tuple[int, int]:
+    """Rows of a block of 4-bit codes that the product knows."""
+    return 2 * lanes(), 4 * lanes()
+
+
+def _library() -> ctypes.CDLL:
+    found = build.library()
+    assert not isinstance(found, str), found
+    return found
+
+
+class Matrix(Structure):
+    _fields_ = [
+        ("format", c_int64), ("rows", c_int64), ("columns", c_int64), ("stride", c_int64), ("codes", c_void_p),
+        ("scales", c_void_p), ("group", c_int64), ("block", c_int64), ("neighbours", c_int64),
+    ]  # fmt: skip
+
+
+class Pages(Structure):
+    _fields_ = [("k", c_void_p), ("v", c_void_p), ("index_k", c_void_p)]
+
+
+class Selection(Structure):
+    _fields_ = [("topk", c_int64), ("block", c_int64), ("init", c_int64), ("local", c_int64), ("lse", c_int64)]
+
+
+class Norm(Structure):
+    _fields_ = [("scale", c_void_p), ("eps", c_float)]
+
+
+class Activation(Structure):
+    _fields_ = [("alpha", c_float), ("limit", c_float), ("beta", c_float)]
+
+
+class Experts(Structure):
+    _fields_ = [
+        ("experts", c_int64), ("per_token", c_int64), ("softmax", c_int64), ("shared", c_int64), ("router", c_void_p),
+        ("bias", c_void_p), ("factor", c_float), ("act", Activation), ("shared_act", Activation),
+        ("gate_proj", POINTER(Matrix)), ("up_proj", POINTER(Matrix)), ("down_proj", POINTER(Matrix)),
+    ]  # fmt: skip
+
+
+class Layer(Structure):
+    _fields_ = [
+        ("before_attention", Norm), ("before_experts", Norm), ("projections", c_int64), ("project", POINTER(Matrix)),
+        ("output", POINTER(Matrix)), ("head_scale", c_void_p), ("head_eps", c_float), ("heads", c_int64),
+        ("kv_heads", c_int64), ("index_heads", c_int64), ("dim", c_int64), ("selection", Selection),
+        ("experts", Experts),
+    ]  # fmt: skip
+
+
+class Model(Structure):
+    _fields_ = [
+        ("hidden", c_int64), ("layers", c_int64), ("half", c_int64), ("frequencies", c_void_p),
+        ("layer", POINTER(Layer)), ("last", Norm), ("joint", POINTER(Matrix)), ("before_embedding", Norm),
+        ("before_hidden", Norm),
+    ]  # fmt: skip
+
+
+class Batch(Structure):
+    _fields_ = [
+        ("tokens", c_int64), ("sequences", c_int64), ("page_size", c_int64), ("table_stride", c_int64),
+        ("threads", c_int64), ("lengths_q", POINTER(c_int64)), ("lengths_k", POINTER(c_int64)),
+        ("positions", c_void_p), ("slots", c_void_p), ("page_table", c_void_p), ("pages", POINTER(Pages)),
+        ("embeds", c_void_p), ("hidden", c_void_p), ("out", c_void_p),
+    ]  # fmt: skip
+
+
+def integers(values: Sequence[int]) -> Any:
+    """A C array of int64."""
+    return (c_int64 * len(values))(*values)
+
+
+class Steps:
+    """Runs steps of one model, in memory that is kept from one to the next; not for two threads at once."""
+
+    def __init__(self, model: Model) -> None:
+        found = _library()
+        self._space, self._step = found.minim3_space, found.minim3_step
+        self._space.restype, self._step.restype = c_int64, None
+        self._model = ctypes.byref(model)
+        self._memory = torch.empty(0, dtype=torch.uint8)
+
+    def run(self, batch: Batch) -> None:
+        batch.threads = torch.get_num_threads()
+        needed = self._space(self._model, ctypes.byref(batch)) + 64
+        if self._memory.numel() < needed:
+            self._memory = torch.empty(needed * 5 // 4, dtype=torch.uint8)
+        start = -(-self._memory.data_ptr() // 64) * 64
+        self._step(self._model, ctypes.byref(batch), c_void_p(start))
+
+
+def address(tensor: Tensor) -> int:
+    """Of the first number of a tensor whose last dimension is dense."""
+    assert tensor.stride(-1) == 1 or tensor.shape[-1] == 1, tensor.stride()
+    return tensor.data_ptr()

@@ -1,0 +1,188 @@
+/* Rows of a weight times a few rows of x.
+ *
+ * One accumulator a number, filled along the columns in order: a product is the same to the bit whatever other rows are
+ * computed with it, and on however many threads.
+ */
+#pragma once
+
+#include "vectors.h"
+
+enum { FP32, INT8, INT4 };
+
+/* `[rows, columns]`, as in `minim3.model.weight_formats`.
+ * FP32: numbers, `stride` apart. INT8: codes `stride` bytes apart, scales bf16 `[rows]`.
+ * INT4: two codes a byte in blocks of `block` rows, `[rows / block, columns, block / 2]`, the two of a byte neighbours
+ * or half a block apart; scales and zeros bf16 pairs, `[columns / group, rows]`, groups `stride` pairs apart. */
+typedef struct {
+    int64_t format, rows, columns, stride;
+    const void *codes;
+    const uint16_t *scales;
+    int64_t group, block, neighbours;
+} Matrix;
+
+#define TILE 4 /* rows of a weight, and rows of x, computed together */
+#define ITEM 16 /* rows of a weight that a thread takes at a time */
+#define MOST_BLOCK 64
+#define AHEAD 8 /* rows of a weight that are fetched while others are multiplied */
+
+INLINE float from_bf16(uint16_t x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE vec widened(const int8_t *codes) {
+    return __builtin_convertvector(__builtin_convertvector(*(const any_bytes *)codes, ivec), vec);
+}
+
+/* out[t * ld + n] for `nn` rows of a weight and `tt` rows of x; all but pointers are constants where it is inlined. */
+INLINE void tile(const int format, const int nn, const int tt, const int fetch, const void *weight, int64_t stride, const uint16_t *scales,
+                 const float *const *x, int64_t columns, float *out, int64_t ld) {
+    const float *numbers = weight;
+    const int8_t *codes = weight;
+    vec total[TILE][TILE];
+    for (int n = 0; n < nn; n++)
+        for (int t = 0; t < tt; t++)
+            total[n][t] = (vec){};
+    int64_t i = 0;
+    for (; i + LANES <= columns; i += LANES) {
+        vec w[TILE];
+        for (int n = 0; n < nn; n++) {
+            w[n] = format == INT8 ? widened(codes + n * stride + i) : load(numbers + n * stride + i);
+            if (fetch && format == INT8)
+                __builtin_prefetch(codes + (n + AHEAD) * stride + i);
+            else if (fetch)
+                __builtin_prefetch(numbers + (n + AHEAD) * stride + i);
+        }
+        for (int t = 0; t < tt; t++) {
+            vec value = load(x[t] + i);
+            for (int n = 0; n < nn; n++)
+                total[n][t] += w[n] * value;
+        }
+    }
+    for (int t = 0; t < tt; t++) {
+        float found[TILE];
+        four_sums(total[0][t], total[nn > 1 ? 1 : 0][t], total[nn > 2 ? 2 : 0][t], total[nn > 3 ? 3 : 0][t], found);
+        for (int n = 0; n < nn; n++) {
+            for (int64_t j = i; j < columns; j++)
+                found[n] += (format == INT8 ? (float)codes[n * stride + j] : numbers[n * stride + j]) * x[t][j];
+            out[t * ld + n] = format == INT8 ? found[n] * from_bf16(scales[n]) : found[n];
+        }
+    }
+}
+
+INLINE void tiles_of_rows(const int format, const int nn, const void *weight, int64_t stride, const uint16_t *scales,
+                          const float *const *x, int64_t count, int64_t columns, float *out, int64_t ld) {
+    if (count >= 4) {
+        tile(format, nn, 4, 1, weight, stride, scales, x, columns, out, ld);
+        for (x += 4, out += 4 * ld, count -= 4; count >= 4; x += 4, out += 4 * ld, count -= 4)
+            tile(format, nn, 4, 0, weight, stride, scales, x, columns, out, ld);
+    }
+    switch (count) {
+    case 3: tile(format, nn, 3, 1, weight, stride, scales, x, columns, out, ld); break;
+    case 2: tile(format, nn, 2, 1, weight, stride, scales, x, columns, out, ld); break;
+    case 1: tile(format, nn, 1, 1, weight, stride, scales, x, columns, out, ld); break;
+    }
+}
+
+INLINE void plain_product(const int format, const Matrix *w, int64_t first, int64_t rows, const float *const *x,
+                          int64_t count, float *out, int64_t ld) {
+    const int64_t size = format == INT8 ? 1 : 4;
+    int64_t n = 0;
+    for (; n + TILE <= rows; n += TILE)
+        tiles_of_rows(format, TILE, (const char *)w->codes + (first + n) * w->stride * size, w->stride,
+                      w->scales + first + n, x, count, w->columns, out + n, ld);
+    for (; n < rows; n++)
+        tiles_of_rows(format, 1, (const char *)w->codes + (first + n) * w->stride * size, w->stride,
+                      w->scales + first + n, x, count, w->columns, out + n, ld);
+}
+
+/* A block of INT4 rows times `tt` rows of x: vectors run along the rows, `half` of them over the low halves of the bytes
+ * and as many over the high ones. Sums of a group of columns are scaled once. */
+INLINE void int4_block(const int tt, const int half, const Matrix *w, int64_t first, const float *const *x,
+                       float out[][MOST_BLOCK]) {
+    const uint8_t *codes = (const uint8_t *)w->codes + first * w->columns / 2;
+    const int64_t bytes = w->block / 2, step = w->neighbours ? 2 : 1;
+    vec total[2][4];
+    for (int t = 0; t < tt; t++)
+        for (int v = 0; v < 2 * half; v++)
+            total[t][v] = (vec){};
+    for (int64_t start = 0, g = 0; start < w->columns; start += w->group, g++) {
+        vec even[2][4], odd[2][4];
+        for (int t = 0; t < tt; t++)
+            for (int v = 0; v < 2 * half; v++)
+                even[t][v] = odd[t][v] = (vec){};
+        float inputs[2] = {0, 0};
+        for (int64_t k = start; k < start + w->group; k += 2) {
+            for (int v = 0; v < half; v++) {
+                const uint8_t *place = codes + k * bytes + v * LANES;
+                ivec now = __builtin_convertvector(*(const any_ubytes *)place, ivec);
+                ivec next = __builtin_convertvector(*(const any_ubytes *)(place + bytes), ivec);
+                vec low = __builtin_convertvector(now & 15, vec), high = __builtin_convertvector(now >> 4, vec);
+                vec next_low = __builtin_convertvector(next & 15, vec);
+                vec next_high = __builtin_convertvector(next >> 4, vec);
+                for (int t = 0; t < tt; t++) {
+                    even[t][v] += low * x[t][k];
+                    even[t][half + v] += high * x[t][k];
+                    odd[t][v] += next_low * x[t][k + 1];
+                    odd[t][half + v] += next_high * x[t][k + 1];
+                }
+            }
+            for (int t = 0; t < tt; t++)
+                inputs[t] += x[t][k] + x[t][k + 1];
+        }
+        for (int v = 0; v < 2 * half; v++) {
+            const int high = v >= half;
+            const int64_t row = first + (w->neighbours ? high : high * bytes) + (v - high * half) * LANES * step;
+            /* A pair is 32 bits, the scale in the low half: as floats, the one shifted and the other masked. */
+            const uint32_t *pairs = (const uint32_t *)w->scales + g * w->stride + row;
+            uvec pair;
+            for (int i = 0; i < LANES; i++)
+                pair[i] = pairs[i * step];
+            vec scale = (vec)(pair << 16), zero = (vec)(pair & 0xffff0000u) - 8.0f * scale;
+            for (int t = 0; t < tt; t++)
+                total[t][v] += (even[t][v] + odd[t][v]) * scale + inputs[t] * zero;
+        }
+    }
+    for (int t = 0; t < tt; t++)
+        for (int v = 0; v < 2 * half; v++)
+            for (int i = 0; i < LANES; i++) {
+                const int64_t high = v >= half, lane = (v - high * half) * LANES + i;
+                out[t][w->neighbours ? 2 * lane + high : high * bytes + lane] = total[t][v][i];
+            }
+}
+
+static void int4_product(const Matrix *w, int64_t first, int64_t rows, const float *const *x, int64_t count, float *out,
+                         int64_t ld) {
+    const int64_t start = first / w->block * w->block;
+    float found[2][MOST_BLOCK];
+    for (int64_t block = start; block < first + rows; block += w->block)
+        for (int64_t t = 0; t < count; t += 2) {
+            const int64_t pair = count - t > 1 ? 2 : 1;
+            if (w->block == 2 * LANES)
+                pair == 2 ? int4_block(2, 1, w, block, x + t, found) : int4_block(1, 1, w, block, x + t, found);
+            else
+                pair == 2 ? int4_block(2, 2, w, block, x + t, found) : int4_block(1, 2, w, block, x + t, found);
+            for (int64_t n = 0; n < w->block; n++)
+                if (block + n >= first && block + n < first + rows)
+                    for (int64_t i = 0; i < pair; i++)
+                        out[(t + i) * ld + block + n - first] = found[i][n];
+        }
+}
+
+/* out[t * ld + n] = row `first + n` of the weight times x[t]. */
+static void product(const Matrix *w, int64_t first, int64_t rows, const float *const *x, int64_t count, float *out,
+                    int64_t ld) {
+    switch (w->format) {
+    case FP32: plain_product(FP32, w, first, rows, x, count, out, ld); break;
+    case INT8: plain_product(INT8, w, first, rows, x, count, out, ld); break;
+    case INT4: int4_product(w, first, rows, x, count, out, ld); break;
+    }
+}
+
+/* Rows of this weight that a thread takes at a time. */
+INLINE int64_t item_rows(const Matrix *w) { return w->format == INT4 ? w->block : ITEM; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

@@ -1,0 +1,98 @@
+/* Vectors of the width of the machine, in the extension of C that gcc and clang share. */
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* Loads and stores go through types that may lie anywhere and alias anything. */
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
+typedef float any_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int8_t any_bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+typedef uint8_t any_ubytes __attribute__((vector_size(LANES), aligned(1), may_alias));
+
+INLINE vec load(const float *x) { return *(const any_vec *)x; }
+INLINE void store(float *x, vec value) { *(any_vec *)x = value; }
+INLINE vec all(float x) { return x - (vec){}; }
+
+/* Sums over the lanes, in a fixed order: they do not depend on what else is computed. */
+#if LANES == 16
+#define PAIR_EVEN 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define PAIR_ODD 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define QUAD_LOW 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define QUAD_HIGH 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define FOLD 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3
+#elif LANES == 8
+#define FOLD 4, 5, 6, 7, 0, 1, 2, 3
+#define PAIR_EVEN 0, 8, 2, 10, 4, 12, 6, 14
+#define PAIR_ODD 1, 9, 3, 11, 5, 13, 7, 15
+#define QUAD_LOW 0, 1, 8, 9, 4, 5, 12, 13
+#define QUAD_HIGH 2, 3, 10, 11, 6, 7, 14, 15
+#else
+#define PAIR_EVEN 0, 4, 2, 6
+#define PAIR_ODD 1, 5, 3, 7
+#define QUAD_LOW 0, 1, 4, 5
+#define QUAD_HIGH 2, 3, 6, 7
+#endif
+
+/* out[0..3] = sums of a, b, c, d: two rounds leave those of all four side by side in every four lanes. */
+INLINE void four_sums(vec a, vec b, vec c, vec d, float *out) {
+    vec ab = __builtin_shufflevector(a, b, PAIR_EVEN) + __builtin_shufflevector(a, b, PAIR_ODD);
+    vec cd = __builtin_shufflevector(c, d, PAIR_EVEN) + __builtin_shufflevector(c, d, PAIR_ODD);
+    vec all = __builtin_shufflevector(ab, cd, QUAD_LOW) + __builtin_shufflevector(ab, cd, QUAD_HIGH);
+#if LANES == 16
+    all += __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+#endif
+#if LANES >= 8
+    all += __builtin_shufflevector(all, all, FOLD);
+#endif
+    memcpy(out, &all, 16);
+}
+
+INLINE float sum(vec x) {
+    float out[4];
+    four_sums(x, x, x, x, out);
+    return out[0];
+}
+
+INLINE float largest(vec x) {
+    float lane[LANES], found;
+    memcpy(lane, &x, sizeof x);
+    found = lane[0];
+    for (int i = 1; i < LANES; i++)
+        found = lane[i] > found ? lane[i] : found;
+    return found;
+}
+
+INLINE vec either(ivec first, vec a, vec b) { return (vec)((first & (ivec)a) | (~first & (ivec)b)); }
+INLINE vec maximum(vec a, vec b) { return either(a > b, a, b); }
+INLINE vec minimum(vec a, vec b) { return either(a < b, a, b); }
+
+/* exp(x) = 2^n exp(r), |r| <= ln(2) / 2, with the polynomial of Cephes' expf: 2 units in the last place. Finite x. */
+INLINE vec exponential(vec x) {
+    x = minimum(maximum(x, all(-87.0f)), all(88.0f));
+    vec shifted = x * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: rounds to an integer in the low bits */
+    vec n = shifted - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = all(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    ivec power = (((ivec)shifted) << 23) + 0x3f800000;
+    return p * (vec)power;
+}

@@ -1,0 +1,257 @@
+"""The decoder in C: the same bits in any company, quantized weights, drafts, and what is said where it cannot run.
+
+That it computes what the modules compute is tested in `test_model_decoding`, with the portable form.
+"""
+
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from minim3 import kernels
+from minim3.kernels import native
+from minim3.kernels.native import build
+from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM
+from minim3.model.layers import rotary_table
+from minim3.model.native_decoding import NativeDecodingModel
+from minim3.model.quantization import Quantization, quantize_model
+from minim3.model.quantized import QuantizedExperts, QuantizedLinear
+from tests import tiny_models
+from tests.test_model_decoding import NEEDS_COMPILER, Steps, cached, compare, embeddings
+
+PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
+WIDE = {"hidden_size": 64, "intermediate_size": 64, "shared_intermediate_size": 64, "dense_intermediate_size": 128}
+"""Widths that 4-bit blocks of rows and groups of columns divide."""
+
+
+def native_form(model: MiniMaxM3SparseForCausalLM) -> NativeDecodingModel:
+    model.pack_for_inference()
+    form = NativeDecodingModel.of(model.text_model)
+    assert form is not None
+    return form
+
+
+def run(form: NativeDecodingModel, model: Any, steps: Steps, seeds: list[int]) -> list[Tensor]:
+    """Hidden states of each sequence, whose past and new tokens are those of its seed."""
+    rows = []
+    batch = cached(model, steps, 4)
+    assert batch.pages is not None
+    for n, ((stored, new), seed) in enumerate(zip(steps, seeds, strict=True)):
+        generator = torch.Generator().manual_seed(seed)
+        for layer in batch.pages.layers:
+            for pages in (layer.k, layer.v, layer.index_k):
+                if pages is not None:
+                    for at in range(stored):
+                        place = pages[batch.pages.page_table[n, at // 4]][..., at % 4, :]
+                        place.copy_(torch.randn(place.shape, generator=generator))
+        rows.append(torch.randn(new, model.text_config.hidden_size, generator=generator))
+    with torch.inference_mode():
+        out = form.forward_packed(torch.cat(rows), batch)
+    assert out is not None
+    return list(out.split([new for _, new in steps]))
+
+
+@NEEDS_COMPILER
+@PROPERTY
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 3)), min_size=2, max_size=7), st.integers(1, 3))
+def test_a_sequence_gets_the_same_bits_alone_and_in_company(steps: Steps, threads: int) -> None:
+    """Sums in an order that depended on the batch or the threads would turn near ties, and answers with them."""
+    model = tiny_models.text_model(1)
+    form, seeds = native_form(model), list(range(len(steps)))
+    before = torch.get_num_threads()
+    together = run(form, model, steps, seeds)
+    try:
+        torch.set_num_threads(threads)
+        for place, step in enumerate(steps):
+            assert torch.equal(run(form, model, [step], [seeds[place]])[0], together[place])
+    finally:
+        torch.set_num_threads(before)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("changes", [
+    {"hidden_size": 40, "intermediate_size": 20, "shared_intermediate_size": 12, "dense_intermediate_size": 36},
+    {"num_attention_heads": 14, "num_key_value_heads": 2, "index_n_heads": 2},
+    {"head_dim": 48, "index_head_dim": 48, "rotary_dim": 8},
+    {"num_local_experts": 7, "num_experts_per_tok": 3},
+])  # fmt: skip
+def test_odd_sizes(changes: dict[str, Any]) -> None:
+    """Rows and columns that no vector divides; five heads past a tile; experts without a token."""
+    model = tiny_models.text_model(4, **changes)
+    form = native_form(model)
+    for steps in ([(9, 1)], [(40, 3), (2, 1), (33, 2)], [(n, 1) for n in range(20, 43)]):
+        compare(model, form, steps)
+
+
+@NEEDS_COMPILER
+def test_equal_scores_go_to_the_lower_block() -> None:
+    """Pitfall: an indexer that tells nothing apart. The definition takes the lower blocks, and so must this."""
+    model = tiny_models.text_model(2)
+    for layer in model.text_model.layers:
+        if layer.self_attn.indexer is not None:
+            layer.self_attn.indexer.index_q_proj.weight.data.zero_()
+    form = native_form(model)
+    for steps in ([(37, 1)], [(41, 3), (22, 1)]):
+        compare(model, form, steps)
+
+
+def dequantized(model: MiniMaxM3SparseForCausalLM) -> MiniMaxM3SparseForCausalLM:
+    """A plain model of the weights that a quantized one stands for."""
+    plain: Any = MiniMaxM3SparseForCausalLM(model.text_config).eval()
+    known = dict(model.named_modules())
+    with torch.no_grad():
+        for name, module in plain.named_modules():
+            found: Any = known[name]
+            if isinstance(found, QuantizedLinear):
+                assert found.matrix is not None
+                module.weight.copy_(found.matrix.dequantize())
+            elif isinstance(found, QuantizedExperts):
+                for stack, weight in ((found.w13, module.w13), (found.w2, module.w2)):
+                    for expert in range(weight.shape[0]):
+                        weight[expert].copy_(stack[expert].dequantize())
+            else:
+                for key, value in found.named_parameters(recurse=False):
+                    module.get_parameter(key).copy_(value)
+                for key, value in found.named_buffers(recurse=False):
+                    module.get_buffer(key).copy_(value)
+    return plain.eval()
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_quantized_weights_are_what_they_stand_for(format: str) -> None:
+    """Against a plain model of the dequantized weights: codes, scales and zeros in their places, in any number."""
+    model = tiny_models.text_model(5, **WIDE)
+    quantize_model(model, Quantization(format))
+    plain = dequantized(model)
+    model.pack_for_inference()
+    form = NativeDecodingModel.of(model.text_model)
+    if form is None:
+        assert format == "int4"
+        pytest.skip("torch packs 4-bit weights here in an order that the kernels do not know")
+    plain_form = native_form(plain)
+    for steps in ([(9, 1)], [(40, 3), (2, 1), (33, 2)], [(n, 1) for n in range(20, 37)]):
+        seeds = list(range(len(steps)))
+        for got, want in zip(run(form, model, steps, seeds), run(plain_form, plain, steps, seeds), strict=True):
+            assert (got - want).abs().max() <= 2e-4 * want.abs().max()
+
+
+@NEEDS_COMPILER
+def test_what_4_bit_rows_have_no_blocks_for_is_left_to_others() -> None:
+    """The second half of an expert's rows would start in the middle of a block."""
+    model = tiny_models.text_model(5)
+    quantize_model(model, Quantization("int4"))
+    model.pack_for_inference()
+    assert NativeDecodingModel.of(model.text_model) is None
+
+
+@NEEDS_COMPILER
+def test_drafts_are_those_of_the_module() -> None:
+    model = tiny_models.text_model(6, num_mtp_modules=2)
+    form, mtp = native_form(model), model.text_model.mtp
+    assert mtp is not None
+    for depth in range(2):
+        module: Any = mtp.layers[depth]
+        draft = form.draft_module(module, model.text_config)
+        assert draft is not None
+        for steps in ([(9, 1)], [(30, 2), (3, 1)]):
+            hidden: Tensor = torch.randn(sum(new for _, new in steps), 32)
+            ours, theirs = (cached(model, steps, 4, num_draft_layers=2) for _ in range(2))
+            x = embeddings(ours)
+            freqs = rotary_table(ours.positions, model.text_config.rotary_dim, model.text_config.rope_theta)
+            with torch.inference_mode():
+                got = draft.forward_packed(x, ours, hidden)
+                want = module(hidden, embed_input=x, freqs_cis=freqs, batch=theirs)
+            assert got is not None
+            assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@NEEDS_COMPILER
+def test_the_structures_are_those_of_the_c() -> None:
+    """A field added to one side alone would shift all behind it."""
+    folder = Path(build.__file__).parent
+    source = "".join((folder / name).read_text() for name in ("products.h", "attention.h", "step.c"))
+    for structure in (native.Matrix, native.Pages, native.Selection, native.Norm, native.Activation, native.Experts,
+                      native.Layer, native.Model, native.Batch):  # fmt: skip
+        end = source.index("} " + structure.__name__ + ";")
+        declared = _declared(source[source.rindex("typedef struct {", 0, end) : end])
+        assert declared == [name for name, *_ in structure._fields_], structure.__name__
+
+
+def _declared(body: str) -> list[str]:
+    """Names of the members of a C structure."""
+    body = re.sub(r"/\*.*?\*/", "", body, flags=re.S).split("{", 1)[1]
+    found = []
+    for declaration in body.split(";"):
+        words = declaration.replace("*", " ").replace("\n", " ").strip()
+        if words:
+            first, *others = words.split(",")
+            found += [first.split()[-1], *(other.strip() for other in others)]
+    return found
+
+
+# Building
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """As in a process that has built nothing, with an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    build.library.cache_clear()
+    kernels._choose.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    build.library.cache_clear()
+    kernels._choose.cache_clear()
+
+
+def test_without_a_compiler_portable_runs_and_says_so(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(fresh))
+    monkeypatch.delenv("CC", raising=False)
+    choice = kernels.choose(None, "decoder_step", "cpu", torch.float32)
+    assert choice.name == "portable"
+    assert "no C compiler (cc, gcc or clang) was found" in choice.reason
+    with pytest.raises(ValueError, match=r"'native' is not available for decoder_step on cpu.*no C compiler"):
+        kernels.choose("native", "decoder_step", "cpu", torch.float32)
+    model = tiny_models.text_model()
+    model.pack_for_inference()
+    assert NativeDecodingModel.of(model.text_model) is None
+
+
+def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = fresh / "broken-cc"
+    broken.write_text("#!/bin/sh\necho 'step.c:1: error: no such flag' >&2\nexit 1\n")
+    broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CC", str(broken))
+    assert native.why_not() == f"{broken} cannot compile step.c: step.c:1: error: no such flag"
+    assert list((fresh / "cache" / "minim3").iterdir()) == [], "something half made was left"
+
+
+def test_a_cache_folder_that_cannot_be_made_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (fresh / "cache").write_text("a file")
+    assert "cache/minim3 cannot be made" in (native.why_not() or "") or build.compiler() is None
+
+
+@NEEDS_COMPILER
+def test_it_is_compiled_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.why_not() is None
+    (built,) = (fresh / "cache" / "minim3").iterdir()
+    before = built.stat().st_mtime_ns
+    build.library.cache_clear()
+    monkeypatch.setattr(build, "_compile", None)
+    assert native.why_not() is None
+    assert built.stat().st_mtime_ns == before
+
+
+@NEEDS_COMPILER
+def test_another_implementation_is_not_run_in_c() -> None:
+    for backend in ("portable", "reference"):
+        model = tiny_models.text_model(backend=backend)
+        model.pack_for_inference()
+        assert NativeDecodingModel.of(model.text_model) is None
