@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from minim3.kernels.reference import selected_keys_mask
+from minim3.kernels.portable.experts import SwigluOAI
+from minim3.kernels.reference import selected_keys_mask, swiglu_oai
 from minim3.model.batch import ForwardBatch, ForwardRecord, PagedContext
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM as Text
 from minim3.model.decoder import Block
-from minim3.model.layers import RotaryFactors, apply_rotary, rotary_table
+from minim3.model.layers import MiniMaxM3RMSNorm, RotaryFactors, apply_rotary, rotary_table
 from minim3.model.published import _padding_mask_to_additive_bias
 from tests.tiny_models import media_prompt, random_ids, text_model, vl_model
 
@@ -127,6 +129,107 @@ def test_the_rotation_of_inference_is_the_rotation(tokens: int, dtype: torch.dty
         assert rotated.dtype == dtype
         assert torch.equal(x, before)
         assert (rotated - apply_rotary(x, table)).abs().max() <= 1e-6
+
+
+def plain_norm(x: Tensor, weight: Tensor, gemma: bool) -> Tensor:
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)
+    return (normed * (1.0 + weight if gemma else weight)).to(x.dtype)
+
+
+def plain_rotary(x: Tensor, table: Tensor) -> Tensor:
+    half, wide = table.shape[-1] // 2, x if x.dtype == torch.float64 else x.float()
+    cos, sin = table.unsqueeze(-2).chunk(2, dim=-1)
+    first, second, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1).to(x.dtype)
+
+
+def numbers(*shape: int, dtype: torch.dtype = torch.float64, size: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return (torch.randn(shape, dtype=torch.float64, generator=generator) * size).to(dtype).requires_grad_()
+
+
+def assert_same_gradients(got: Tensor, expected: Tensor, inputs: list[Tensor], tolerance: float) -> None:
+    assert got.dtype == expected.dtype
+    close(got, expected, tolerance)
+    along = torch.linspace(-1, 2, got.numel(), dtype=got.dtype).view(got.shape)
+    grads = (torch.autograd.grad(out, inputs, along) for out in (got, expected))
+    for one, other in zip(*grads, strict=True):
+        assert one.dtype == other.dtype
+        close(one, other, tolerance)
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 5), (3, 4), (2, 3, 16), (0, 8)])
+@pytest.mark.parametrize("gemma", [True, False])
+def test_gradient_of_the_norm(shape: tuple[int, ...], gemma: bool) -> None:
+    """A gradient of our own: equal to autograd's, to finite differences, and where only one of the two is wanted."""
+    norm = MiniMaxM3RMSNorm(shape[-1], gemma=gemma).double()
+    norm.weight.data += torch.linspace(-0.5, 1, shape[-1])
+    x = numbers(*shape)
+    assert_same_gradients(norm(x), plain_norm(x, norm.weight, gemma), [x, norm.weight], 1e-12)
+    if x.numel():
+        torch.autograd.gradcheck(lambda x, weight: norm(x), (x, norm.weight))
+    for wanted, fixed in ((x, norm.weight), (norm.weight, x)):
+        fixed.requires_grad_(False)
+        assert_same_gradients(norm(x), plain_norm(x, norm.weight, gemma), [wanted], 1e-12)
+        fixed.requires_grad_()
+
+
+@pytest.mark.parametrize("rotary_dim", [2, 6, 10])
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+def test_gradient_of_the_rotation(tokens: int, rotary_dim: int) -> None:
+    """Rotated back, and the channels that pass passed; also where the heads lie apart from each other."""
+    table = rotary_table(torch.arange(tokens) + 3, rotary_dim, 100.0)
+    whole = numbers(tokens, 4, 11)
+    for x in (whole, whole[:, ::2, 1:]):
+        assert_same_gradients(apply_rotary(x, table), plain_rotary(x, table), [whole], 1e-12)
+    if tokens:
+        torch.autograd.gradcheck(lambda x: apply_rotary(x, table.double()), (whole,))
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.7, 7.0])
+@pytest.mark.parametrize(("alpha", "beta"), [(1.702, 1.0), (1.0, 0.5), (0.0, 1.0)])
+@pytest.mark.parametrize("shape", [(5, 3), (2, 1, 7), (0, 4)])
+def test_gradient_of_the_gate(shape: tuple[int, ...], alpha: float, beta: float, limit: float) -> None:
+    """Also beyond the limit, where there is none."""
+    gate, up = numbers(*shape, 1, size=2.0).squeeze(-1), numbers(1, *shape, size=2.0).squeeze(0)
+    got = SwigluOAI.apply(gate, up, alpha, limit, beta)
+    assert_same_gradients(got, swiglu_oai(gate, up, alpha, limit, beta), [gate, up], 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_parts_compute_in_fp32_inside(dtype: torch.dtype, autocast: bool) -> None:
+    """bf16 in gives bf16 out with the error of one rounding, and autocast takes no product below fp32."""
+    norm = MiniMaxM3RMSNorm(24)
+    norm.weight.data += torch.linspace(-0.5, 1, 24)
+    x, up = numbers(9, 2, 24, dtype=dtype), numbers(9, 2, 24, dtype=dtype, size=2.0)
+    table = rotary_table(torch.arange(9), 16, 100.0)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        assert_same_gradients(norm(x), plain_norm(x, norm.weight, True), [x], tolerance)
+        # The weight's gradient is a sum over rows: rounded once, at its end.
+        (got,) = torch.autograd.grad(norm(x).double().sum(), [norm.weight])
+        assert got.dtype == torch.float32
+        exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
+        close(got.double(), exact.sum((0, 1)), 1e-5)
+        assert_same_gradients(apply_rotary(x, table), plain_rotary(x, table), [x], tolerance)
+        got = SwigluOAI.apply(x, up, 1.702, 7.0, 1.0)
+        assert_same_gradients(got, swiglu_oai(x, up, 1.702, 7.0), [x, up], tolerance)
+
+
+def test_parts_may_be_used_twice_and_computed_again() -> None:
+    """A norm used for two things adds up its gradients; checkpointed, it gives the same bits."""
+    norm, x = MiniMaxM3RMSNorm(8).double(), numbers(6, 3, 8)
+    table = rotary_table(torch.arange(6), 4, 100.0)
+
+    def both(x: Tensor) -> Tensor:
+        return apply_rotary(norm(x), table) * norm(norm(x) + SwigluOAI.apply(x, norm(x), 1.702, 7.0, 1.0))
+
+    plain = torch.autograd.grad(both(x).square().sum(), [x, norm.weight])
+    again = torch.autograd.grad(checkpoint(both, x, use_reentrant=False).square().sum(), [x, norm.weight])
+    assert all(torch.equal(one, other) for one, other in zip(plain, again, strict=True))
+    torch.autograd.gradcheck(lambda x, weight: both(x), (x, norm.weight))
 
 
 def test_new_tokens_go_to_their_slots() -> None:

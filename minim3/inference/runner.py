@@ -16,7 +16,7 @@ from minim3.inference.scheduler import Chunk
 from minim3.kernels.portable.plan import Scratch
 from minim3.model.batch import ForwardBatch, PagedContext
 from minim3.model.decoding import DecodingModel
-from minim3.model.native_decoding import NativeDecodingModel
+from minim3.model.native_decoding import NativeDecodingModel, NativeHead
 
 if TYPE_CHECKING:
     from minim3.model.causal_lm import CausalLM
@@ -48,6 +48,7 @@ class Runner:
         self._page_table = _PageTable(cache.device)
         self._scratch = Scratch()
         self.decoding = NativeDecodingModel.of(model.text_model) or DecodingModel.of(model.text_model)
+        self.head = NativeHead(model)
 
     def run(self, plan: Sequence[Chunk]) -> StepOutput:
         """Compute the planned tokens and store their K, V and index keys; their pages must have been handed out."""
@@ -80,7 +81,7 @@ class Runner:
         last_RH = hidden_TH
         if len(rows) < len(token_ids):
             last_RH = hidden_TH[torch.tensor(rows, device=self.device)]
-        return StepOutput(hidden_TH, batch, self.model.compute_logits(last_RH))
+        return StepOutput(hidden_TH, batch, self.head(last_RH))
 
     def batch(
         self,

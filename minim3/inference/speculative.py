@@ -112,7 +112,7 @@ class Drafter:
                 hidden_NH = self._one_each(hidden_NH, [drafts[place][-1] for place in places], requests, positions)
             drafted = places
             ahead = [gains[place].token_ids + drafts[place] for place in places]
-            logits = self.model.compute_logits(hidden_NH)
+            logits = self.runner.head(hidden_NH)
             drawn = sampler.sample(logits, requests, ahead, with_logprobs=False)
             for place, token_id in zip(places, drawn.token_ids, strict=True):
                 drafts[place].append(token_id)

@@ -300,28 +300,34 @@ class Watch:
     """Notices a module, parameter, buffer or hook that was not there when the model was prepared."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._holders: list[dict[str, Any]] = []
-        self._names: list[str] = []
-        self._hooks: list[Any] = []
-        for module in model.modules():
-            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
-            for held in (module._modules, module._parameters, module._buffers):
-                self._holders += [held] * len(held)
-                self._names += held
-            if isinstance(module, QuantizedLinear):  # which holds its weights outside of parameters
-                self._holders.append(module.__dict__)
-                self._names.append("matrix")
-        self._known = [held[name] for held, name in zip(self._holders, self._names)]
-        self._tensors = [known for known in self._known if isinstance(known, Tensor)]
+        modules = list(model.modules())
+        # What holds weights: quantized linears do outside of parameters.
+        self._holders = [
+            held for module in modules for held in (module._modules, module._parameters, module._buffers) if held
+        ]
+        self._known = [dict(held) for held in self._holders]
+        self._quantized = [module for module in modules if isinstance(module, QuantizedLinear)]
+        self._matrices = [module.matrix for module in self._quantized]
+        self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        self._tensors = [*model.parameters(), *model.buffers()]
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
-        self._counted = [tensor for tensor in self._tensors if not tensor.is_inference()]  # the others count no changes
+        # Of norms and biases there are copies. Tensors of inference mode count no changes.
+        self._counted = [tensor for tensor in self._tensors if tensor.dim() == 1 and not tensor.is_inference()]
         self._versions = [tensor._version for tensor in self._counted]
 
     def unchanged(self) -> bool:
         # Loops of C: this runs in every step, over every module and weight.
+        try:
+            same = self._holders == self._known  # the same objects, or it is asked whether they are equal
+        except RuntimeError:  # as of tensors, which give more than one answer
+            return False
         return (
-            all(map(is_, map(dict.get, self._holders, self._names), self._known))
+            same
+            and all(map(is_, map(_MATRIX, self._quantized), self._matrices))
             and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
             and list(map(_VERSION, self._counted)) == self._versions
             and not any(self._hooks)
         )
+
+
+_MATRIX = attrgetter("matrix")

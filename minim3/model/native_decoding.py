@@ -118,6 +118,39 @@ class NativeDecodingModel:
         return True
 
 
+class NativeHead:
+    """The product of hidden states and the vocabulary, in the kernels in C where they run."""
+
+    def __init__(self, model: Any) -> None:
+        """`model`: either model class, whose head may be replaced later."""
+        self._model = model
+        self._of: tuple[Any, Any] | None = None
+        self._known, self._matrix = _Known(), native.Matrix()
+        head = model.get_output_embeddings()
+        if model.device.type != "cpu" or not _runs(model.text_model.layers):
+            return
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                self._matrix = self._known.linear(head)
+        except _NoForm:
+            return
+        self._of = head, self._state(head)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """`[R, H]` -> logits `[R, vocab]`."""
+        if self._of is not None and hidden.shape[0] <= native.MOST_TOKENS and hidden.dtype == torch.float32:
+            head = self._model.get_output_embeddings()
+            same = head is self._of[0] and self._state(head) == self._of[1]
+            if same and not (head._forward_hooks or head._forward_pre_hooks or torch.is_grad_enabled()):
+                return native.product(self._matrix, hidden)
+        logits: Tensor = self._model.compute_logits(hidden)
+        return logits
+
+    @staticmethod
+    def _state(head: Any) -> Any:
+        return id(head.matrix) if type(head) is QuantizedLinear else head.weight.data_ptr()
+
+
 class _Known:
     """Structures of modules, and what they point to, which is kept as long."""
 
@@ -236,7 +269,9 @@ def _experts(block: Block, known: _Known) -> native.Experts:
                 products.append((*map(known.plain, w13.split(width)), known.plain(w2)))
         found.experts, found.per_token, found.factor = len(products), moe.num_experts_per_tok, moe.routed_scaling_factor
         found.softmax = moe.scoring_func != "sigmoid"
-        found.router = known.copy(moe.gate.weight)
+        if not moe.gate.weight.is_contiguous():
+            raise _NoForm
+        found.router = known.plain(moe.gate.weight).codes
         if moe.e_score_correction_bias is not None:
             found.bias = known.copy(moe.e_score_correction_bias)
         found.act = native.Activation(experts.alpha, experts.limit or 0.0, experts.beta)

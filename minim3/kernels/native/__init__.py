@@ -104,15 +104,54 @@ class Batch(Structure):
     ]  # fmt: skip
 
 
+_BITS = {FP32: 32, INT8: 8, INT4: 4}
+
+
+def _bytes(matrix: Matrix) -> int:
+    bits: int = matrix.rows * matrix.columns * _BITS[matrix.format]
+    return bits // 8
+
+
+def product(matrix: Matrix, x: Tensor) -> Tensor:
+    """fp32 `[T, columns]`, T at most MOST_TOKENS -> `[T, rows]`."""
+    x = x.contiguous()
+    out = torch.empty(x.shape[0], matrix.rows)
+    threads = threads_for(_bytes(matrix))
+    _library().minim3_product(
+        ctypes.byref(matrix), c_void_p(x.data_ptr()), c_int64(x.shape[0]), c_void_p(out.data_ptr()), c_int64(threads)
+    )
+    return out
+
+
 def integers(values: Sequence[int]) -> Any:
     """A C array of int64."""
     return (c_int64 * len(values))(*values)
+
+
+_BYTES_OF_A_THREAD = 8 << 20
+"""Weights that a step reads for each thread that takes part: stages of a smaller model are too short to share, and all
+wait in every one for a thread whose core is busy with something else."""
+
+
+def threads_for(num_bytes: int) -> int:
+    """Threads that read so many bytes of weights."""
+    return max(1, min(torch.get_num_threads(), num_bytes // _BYTES_OF_A_THREAD))
 
 
 class Steps:
     """Runs steps of one model, in memory that is kept from one to the next; not for two threads at once."""
 
     def __init__(self, model: Model) -> None:
+        layers = [model.layer[n] for n in range(model.layers)]
+        self._dense_bytes, self._experts = 0, list[tuple[int, int, int]]()
+        for layer in layers:
+            experts, count = layer.experts, layer.experts.experts
+            self._dense_bytes += sum(_bytes(layer.project[n]) for n in range(layer.projections))
+            self._dense_bytes += _bytes(layer.output[0])
+            own = [sum(map(_bytes, (experts.gate_proj[n], experts.up_proj[n], experts.down_proj[n])))
+                   for n in range(count + experts.shared)]  # fmt: skip
+            self._dense_bytes += sum(own[count:])
+            self._experts.append((experts.per_token, count, own[0]))
         found = _library()
         self._space, self._step = found.minim3_space, found.minim3_step
         self._space.restype, self._step.restype = c_int64, None
@@ -120,7 +159,8 @@ class Steps:
         self._memory = torch.empty(0, dtype=torch.uint8)
 
     def run(self, batch: Batch) -> None:
-        batch.threads = torch.get_num_threads()
+        experts = sum(min(batch.tokens * each, count) * size for each, count, size in self._experts)
+        batch.threads = threads_for(self._dense_bytes + experts)
         needed = self._space(self._model, ctypes.byref(batch)) + 64
         if self._memory.numel() < needed:
             self._memory = torch.empty(needed * 5 // 4, dtype=torch.uint8)

@@ -424,6 +424,12 @@ static void prepare(const Model *m, const Batch *b, const Space *s) {
         memcpy(s->x, b->embeds, 4 * b->tokens * m->hidden);
 }
 
+/* out [count, rows] = x [count, columns] times the rows of a weight. */
+void minim3_product(const Matrix *w, const float *x, int64_t count, float *out, int64_t threads) {
+#pragma omp parallel num_threads((int)threads)
+    project(w, 1, x, w->columns, count, out, w->rows, 0);
+}
+
 int64_t minim3_lanes(void) { return LANES; }
 
 int64_t minim3_space(const Model *m, const Batch *b) {

@@ -20,7 +20,7 @@ _DECODE_TOKENS = 4
 FEW_ROWS = 512
 """Up to this many rows (tokens times choices) those of all experts are activated at once."""
 
-_PART_ROWS = 512
+_PART_ROWS = 1024
 """Rows of an expert that are handled at once where gradients are wanted."""
 
 
