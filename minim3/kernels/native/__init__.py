@@ -17,8 +17,8 @@ from torch import Tensor
 
 from minim3.kernels.native import build
 
-MOST_TOKENS = 64
-"""New tokens of a step; with more, products of many rows are as good elsewhere."""
+MOST_TOKENS = 256
+"""New tokens of a step: about where products of many rows are as good elsewhere."""
 MOST_ROWS = 32
 """Query heads of a KV head, and index heads."""
 FP32, INT8, INT4 = range(3)

@@ -32,9 +32,7 @@ INLINE float from_bf16(uint16_t x) {
     return value;
 }
 
-INLINE vec widened(const int8_t *codes) {
-    return __builtin_convertvector(__builtin_convertvector(*(const any_bytes *)codes, ivec), vec);
-}
+INLINE vec widened(const int8_t *codes) { return __builtin_convertvector(signed_bytes(codes), vec); }
 
 /* out[t * ld + n] for `nn` rows of a weight and `tt` rows of x; all but pointers are constants where it is inlined. */
 INLINE void tile(const int format, const int nn, const int tt, const int fetch, const void *weight, int64_t stride, const uint16_t *scales,
@@ -117,8 +115,8 @@ INLINE void int4_block(const int tt, const int half, const Matrix *w, int64_t fi
         for (int64_t k = start; k < start + w->group; k += 2) {
             for (int v = 0; v < half; v++) {
                 const uint8_t *place = codes + k * bytes + v * LANES;
-                ivec now = __builtin_convertvector(*(const any_ubytes *)place, ivec);
-                ivec next = __builtin_convertvector(*(const any_ubytes *)(place + bytes), ivec);
+                ivec now = unsigned_bytes(place);
+                ivec next = unsigned_bytes(place + bytes);
                 vec low = __builtin_convertvector(now & 15, vec), high = __builtin_convertvector(now >> 4, vec);
                 vec next_low = __builtin_convertvector(next & 15, vec);
                 vec next_high = __builtin_convertvector(next >> 4, vec);

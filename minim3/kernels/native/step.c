@@ -7,7 +7,7 @@
 
 #include "attention.h"
 
-#define MOST_TOKENS 64 /* of a step */
+#define MOST_TOKENS 256 /* of a step */
 #define MOST_SLICE 16  /* of an expert at a time */
 
 typedef struct {

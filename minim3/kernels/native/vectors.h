@@ -1,6 +1,10 @@
-/* Vectors of the width of the machine, in the extension of C that gcc and clang share. */
+/* Vectors of the width of the machine, in the extension of C that gcc and clang share. Intrinsics only where gcc makes
+ * scalars of a conversion. */
 #pragma once
 
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -20,12 +24,37 @@ typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t uvec __attribute__((vector_size(4 * LANES)));
 typedef float any_vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int8_t any_bytes __attribute__((vector_size(LANES), aligned(1), may_alias));
-typedef uint8_t any_ubytes __attribute__((vector_size(LANES), aligned(1), may_alias));
 
 INLINE vec load(const float *x) { return *(const any_vec *)x; }
 INLINE void store(float *x, vec value) { *(any_vec *)x = value; }
 INLINE vec all(float x) { return x - (vec){}; }
+
+/* LANES bytes, as integers. */
+INLINE ivec signed_bytes(const int8_t *x) {
+#if defined(__AVX512F__)
+    return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x));
+#elif defined(__AVX2__)
+    return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x));
+#else
+    ivec found;
+    for (int i = 0; i < LANES; i++)
+        found[i] = x[i];
+    return found;
+#endif
+}
+
+INLINE ivec unsigned_bytes(const uint8_t *x) {
+#if defined(__AVX512F__)
+    return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)x));
+#elif defined(__AVX2__)
+    return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)x));
+#else
+    ivec found;
+    for (int i = 0; i < LANES; i++)
+        found[i] = x[i];
+    return found;
+#endif
+}
 
 /* Sums over the lanes, in a fixed order: they do not depend on what else is computed. */
 #if LANES == 16
