@@ -20,10 +20,15 @@ typedef struct {
     int64_t group, block, neighbours;
 } Matrix;
 
-#define TILE 4 /* rows of a weight, and rows of x, computed together */
+#define TILE 4  /* rows of a weight computed together */
+#define WIDE 6  /* rows of x computed together, at most */
 #define ITEM 16 /* rows of a weight that a thread takes at a time */
 #define MOST_BLOCK 64
 #define AHEAD 8 /* rows of a weight that are fetched while others are multiplied */
+
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 INLINE float from_bf16(uint16_t x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -35,11 +40,11 @@ INLINE float from_bf16(uint16_t x) {
 INLINE vec widened(const int8_t *codes) { return __builtin_convertvector(signed_bytes(codes), vec); }
 
 /* out[t * ld + n] for `nn` rows of a weight and `tt` rows of x; all but pointers are constants where it is inlined. */
-INLINE void tile(const int format, const int nn, const int tt, const int fetch, const void *weight, int64_t stride, const uint16_t *scales,
+INLINE void tile(const int format, const int nn, const int tt, const void *weight, int64_t stride, const uint16_t *scales,
                  const float *const *x, int64_t columns, float *out, int64_t ld) {
     const float *numbers = weight;
     const int8_t *codes = weight;
-    vec total[TILE][TILE];
+    vec total[TILE][WIDE];
     for (int n = 0; n < nn; n++)
         for (int t = 0; t < tt; t++)
             total[n][t] = (vec){};
@@ -48,9 +53,9 @@ INLINE void tile(const int format, const int nn, const int tt, const int fetch, 
         vec w[TILE];
         for (int n = 0; n < nn; n++) {
             w[n] = format == INT8 ? widened(codes + n * stride + i) : load(numbers + n * stride + i);
-            if (fetch && format == INT8)
+            if (format == INT8)
                 __builtin_prefetch(codes + (n + AHEAD) * stride + i);
-            else if (fetch)
+            else
                 __builtin_prefetch(numbers + (n + AHEAD) * stride + i);
         }
         for (int t = 0; t < tt; t++) {
@@ -72,15 +77,12 @@ INLINE void tile(const int format, const int nn, const int tt, const int fetch, 
 
 INLINE void tiles_of_rows(const int format, const int nn, const void *weight, int64_t stride, const uint16_t *scales,
                           const float *const *x, int64_t count, int64_t columns, float *out, int64_t ld) {
-    if (count >= 4) {
-        tile(format, nn, 4, 1, weight, stride, scales, x, columns, out, ld);
-        for (x += 4, out += 4 * ld, count -= 4; count >= 4; x += 4, out += 4 * ld, count -= 4)
-            tile(format, nn, 4, 0, weight, stride, scales, x, columns, out, ld);
-    }
-    switch (count) {
-    case 3: tile(format, nn, 3, 1, weight, stride, scales, x, columns, out, ld); break;
-    case 2: tile(format, nn, 2, 1, weight, stride, scales, x, columns, out, ld); break;
-    case 1: tile(format, nn, 1, 1, weight, stride, scales, x, columns, out, ld); break;
+    for (int64_t tiles = ceil_div(count, WIDE); tiles; tiles--) { /* alike in size */
+        const int64_t tt = ceil_div(count, tiles);
+#define CASE(n) case n: tile(format, nn, n, weight, stride, scales, x, columns, out, ld); break;
+        switch (tt) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
+#undef CASE
+        x += tt, out += tt * ld, count -= tt;
     }
 }
 
@@ -170,7 +172,7 @@ static void int4_product(const Matrix *w, int64_t first, int64_t rows, const flo
 }
 
 /* out[t * ld + n] = row `first + n` of the weight times x[t]. */
-static void product(const Matrix *w, int64_t first, int64_t rows, const float *const *x, int64_t count, float *out,
+static __attribute__((noinline)) void product(const Matrix *w, int64_t first, int64_t rows, const float *const *x, int64_t count, float *out,
                     int64_t ld) {
     switch (w->format) {
     case FP32: plain_product(FP32, w, first, rows, x, count, out, ld); break;
@@ -181,6 +183,3 @@ static void product(const Matrix *w, int64_t first, int64_t rows, const float *c
 
 /* Rows of this weight that a thread takes at a time. */
 INLINE int64_t item_rows(const Matrix *w) { return w->format == INT4 ? w->block : ITEM; }
-INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

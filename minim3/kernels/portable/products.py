@@ -155,8 +155,8 @@ def backward(
     sums = room("sums", rows * group * dim, q).view(rows, group, dim)
     scores, grad_scores = score_buffer(q, choice), score_buffer(q, choice, "gradients of scores")
 
-    def add(x: Tensor, hidden: Tensor | None, result: Tensor, *by_key: Tensor) -> None:
-        """Rows `[n, G, 2, E]` against some keys: add to the gradients of these, write those of the rows to `result`."""
+    def add(x: Tensor, hidden: Tensor | None, result: Tensor, first: bool, *by_key: Tensor) -> None:
+        """Rows `[n, G, 2, E]` against some keys: add to the gradients of these, and (or write) those of the rows."""
         some_keys, some_values, grad_k, grad_v = by_key
         x_q, x_grad = x.view(-1, 2, dim + 1).unbind(1)
         shape = x_q.shape[0], some_keys.shape[0]
@@ -167,19 +167,23 @@ def backward(
         grad_v.addmm_(p.t(), x_grad[:, :dim])
         torch.mm(x_grad, some_values.t(), out=grad_p).mul_(p)
         grad_k.addmm_(grad_p.t(), x_q[:, :dim])
-        torch.mm(grad_p, some_keys[:, :dim], out=result.view(-1, dim))
+        # beta=0 overwrites: what was there is never read.
+        result.view(-1, dim).addmm_(grad_p, some_keys[:, :dim], beta=0.0 if first else 1.0)
 
     for part, seen, hidden in own_parts(choice, rows, q.device):
-        add(both[part], hidden, sums[part], keys[seen], values[seen], grad_k[seen], grad_v[seen])
+        add(both[part], hidden, sums[part], True, keys[seen], values[seen], grad_k[seen], grad_v[seen])
     flat_both, flat_sums = both.view(rows, -1), sums.view(rows, -1)
     most = min(row_limit(group), rows)
     gathered = room("gathered", most * flat_both.shape[1], q).view(most, -1)
     partial = room("partial", most * group * dim, q).view(most, -1)
     for chosen, *block in chosen_parts(choice, group, keys, values, grad_k, grad_v):
+        if isinstance(chosen, slice):
+            add(flat_both[chosen], None, flat_sums[chosen], False, *block)
+            continue
         x = take(flat_both, chosen, gathered)
         y = partial[: x.shape[0]]
-        add(x, None, y, *block)
-        add_to(flat_sums, chosen, y)
+        add(x, None, y, True, *block)
+        flat_sums.index_add_(0, chosen, y)  # rows are distinct within a block, so their sums have one order
     torch.mul(sums, scale, out=grad_q)
 
 
