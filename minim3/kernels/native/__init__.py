@@ -104,6 +104,19 @@ class Batch(Structure):
     ]  # fmt: skip
 
 
+_BYTES_OF_A_THREAD = 8 << 20
+"""Weights that a step reads for each thread that takes part: stages of a smaller model are too short to share, and all
+wait in every one for a thread whose core is busy with something else."""
+
+
+_BYTES_OF_A_PRODUCT = 1 << 18
+"""The same for one product alone, in which they wait once."""
+
+
+def _threads(num_bytes: int, each: int) -> int:
+    return max(1, min(torch.get_num_threads(), num_bytes // each))
+
+
 _BITS = {FP32: 32, INT8: 8, INT4: 4}
 
 
@@ -116,7 +129,7 @@ def product(matrix: Matrix, x: Tensor) -> Tensor:
     """fp32 `[T, columns]`, T at most MOST_TOKENS -> `[T, rows]`."""
     x = x.contiguous()
     out = torch.empty(x.shape[0], matrix.rows)
-    threads = threads_for(_bytes(matrix))
+    threads = _threads(_bytes(matrix), _BYTES_OF_A_PRODUCT)
     _library().minim3_product(
         ctypes.byref(matrix), c_void_p(x.data_ptr()), c_int64(x.shape[0]), c_void_p(out.data_ptr()), c_int64(threads)
     )
@@ -126,16 +139,6 @@ def product(matrix: Matrix, x: Tensor) -> Tensor:
 def integers(values: Sequence[int]) -> Any:
     """A C array of int64."""
     return (c_int64 * len(values))(*values)
-
-
-_BYTES_OF_A_THREAD = 8 << 20
-"""Weights that a step reads for each thread that takes part: stages of a smaller model are too short to share, and all
-wait in every one for a thread whose core is busy with something else."""
-
-
-def threads_for(num_bytes: int) -> int:
-    """Threads that read so many bytes of weights."""
-    return max(1, min(torch.get_num_threads(), num_bytes // _BYTES_OF_A_THREAD))
 
 
 class Steps:
@@ -160,7 +163,7 @@ class Steps:
 
     def run(self, batch: Batch) -> None:
         experts = sum(min(batch.tokens * each, count) * size for each, count, size in self._experts)
-        batch.threads = threads_for(self._dense_bytes + experts)
+        batch.threads = _threads(self._dense_bytes + experts, _BYTES_OF_A_THREAD)
         needed = self._space(self._model, ctypes.byref(batch)) + 64
         if self._memory.numel() < needed:
             self._memory = torch.empty(needed * 5 // 4, dtype=torch.uint8)
