@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from minim3 import kernels
 from minim3.config import MiniMaxM3VLTextConfig
 from minim3.kernels import native
-from minim3.kernels.portable.paged import FEW_TOKENS
 from minim3.model.attention import MiniMaxM3Attention
 from minim3.model.batch import ForwardBatch, LayerPages
 from minim3.model.decoder import Block, MiniMaxM3TextModel
@@ -83,7 +82,7 @@ class NativeDecodingModel:
         None for what has no such form: another step, or a changed model.
         """
         pages = batch.pages
-        if pages is None or batch.num_tokens > native.MOST_TOKENS or max(batch.lengths_q) > FEW_TOKENS:
+        if pages is None or batch.num_tokens > native.MOST_TOKENS or max(batch.lengths_q) > native.MOST_OF_A_SEQUENCE:
             return None
         if inputs_embeds.dtype != torch.float32 or torch.is_grad_enabled():
             return None

@@ -19,6 +19,8 @@ from minim3.kernels.native import build
 
 MOST_TOKENS = 256
 """New tokens of a step: about where products of many rows are as good elsewhere."""
+MOST_OF_A_SEQUENCE = 128
+"""New tokens of one sequence: each reads all of its keys, which many of them do better together."""
 MOST_ROWS = 32
 """Query heads of a KV head, and index heads."""
 FP32, INT8, INT4 = range(3)
