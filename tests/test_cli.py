@@ -242,7 +242,7 @@ def test_info_never_reads_weights(run: Run, copy: Path, monkeypatch: pytest.Monk
     assert (code, err) == (0, "")
     info = json.loads(out)
     assert info["files"]["parameters"] == info["parameters"]["total"]
-    assert info["kernels"]["select_blocks"] in ("portable", "reference", "triton")
+    assert info["kernels"]["select_blocks"] in ("native", "portable", "reference", "triton")
     assert info["cache"]["context"] == MAX_POSITIONS
     assert_refused(run("info", copy, "--context", MAX_POSITIONS + 1), str(MAX_POSITIONS + 1), str(MAX_POSITIONS))
 

@@ -363,10 +363,10 @@ def test_pitfall_26_ties_go_to_the_lower_block(implementation: str) -> None:
 
 
 def test_unavailable_implementations_are_errors() -> None:
-    assert kernels.resolve(None, "select_blocks", "cpu", torch.float32) == "portable"
+    assert kernels.resolve(None, "select_blocks", "cpu", torch.float32) in ("native", "portable")
     assert kernels.resolve("reference", "select_blocks", torch.device("cpu"), torch.float32) == "reference"
     for name in ("triton", "nonsense"):
-        with pytest.raises(ValueError, match=f"'{name}'.*available: portable, reference"):
+        with pytest.raises(ValueError, match=f"'{name}'.*available: (native, )?portable, reference"):
             kernels.resolve(name, "select_blocks", "cpu", torch.float32)
 
 

@@ -231,7 +231,7 @@ def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.Monkey
     broken.write_text("#!/bin/sh\necho 'step.c:1: error: no such flag' >&2\nexit 1\n")
     broken.chmod(broken.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("CC", str(broken))
-    assert native.why_not() == f"{broken} cannot compile step.c: step.c:1: error: no such flag"
+    assert native.why_not() == f"{broken} cannot compile the kernels: step.c:1: error: no such flag"
     assert list((fresh / "cache" / "minim3").iterdir()) == [], "something half made was left"
 
 

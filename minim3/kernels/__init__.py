@@ -1,9 +1,10 @@
 """One function per op; which implementation runs is chosen here, by device and dtype, and nowhere else.
 
 Shapes and meaning: the docstrings in `minim3.kernels.reference`, which is the definition of every op. All take
-`implementation`: "reference" (dense, obvious, slow), "portable" (fast plain PyTorch, any device), "triton" (NVIDIA
-GPUs; interpreted on a CPU where TRITON_INTERPRET=1), or None for the choice of `choose`: Triton on CUDA where it has a
-kernel for the types and shapes, else portable. Each choice is logged once (logger `minim3.kernels`). T packed
+`implementation`: "reference" (dense, obvious, slow), "portable" (fast plain PyTorch, any device), "native" (selection
+alone: C on the CPU, with what it has no form for left to PyTorch), "triton" (NVIDIA GPUs; interpreted on a CPU where
+TRITON_INTERPRET=1), or None for the choice of `choose`: Triton on CUDA where it has a kernel for the types and shapes,
+native on a CPU with a compiler, else portable. Each choice is logged once (logger `minim3.kernels`). T packed
 queries, S packed keys, N sequences; lengths are int32 tensors or sequences of integers.
 The paged ops take a `PagedPlan` of the step besides, where one is shared by many calls with the same sequences; in
 Triton also a `DevicePlan`, where only the device knows the lengths.
@@ -48,6 +49,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _MODULES: dict[str, ModuleType] = {"portable": portable, "reference": reference}
+_LATE = {"triton": "minim3.kernels.triton", "native": "minim3.kernels.native.selection"}
 
 
 class Choice(NamedTuple):
@@ -59,11 +61,12 @@ class Choice(NamedTuple):
 
 def implementations() -> tuple[str, ...]:
     """Names of the implementations that can run here, the preferred first."""
+    native = ("native",) if availability.why_not_native("select_blocks", "cpu", torch.float32) is None else ()
     if availability.why_not("select_blocks", "cuda", torch.float32) is None:
-        return ("triton", *_MODULES)
+        return ("triton", *native, *_MODULES)
     if availability.why_not("select_blocks", "cpu", torch.float32) is None:
-        return (*_MODULES, "triton")
-    return tuple(_MODULES)
+        return (*native, *_MODULES, "triton")
+    return (*native, *_MODULES)
 
 
 def resolve(implementation: str | None, op: str, device: torch.device | str, dtype: torch.dtype) -> str:
@@ -85,17 +88,25 @@ def choose(implementation: str | None, op: str, device: torch.device | str, dtyp
 @cache
 def _choose(implementation: str | None, op: str, device_type: str, dtype: torch.dtype, misfit: str | None) -> Choice:
     """`misfit`: why a Triton kernel does not take the shapes at hand."""
-    if op == "decoder_step":
-        return _choose_decoder(implementation, device_type, dtype)
-    if implementation in _MODULES:
-        choice = Choice(implementation, "requested")
-    elif implementation not in (None, "triton"):
+    known = ("native", "portable", "reference", "triton") if op == "decoder_step" else (*_MODULES, "native", "triton")
+    if implementation is not None and implementation not in known:
         raise ValueError(
             f"implementation={implementation!r} is unknown for {op} on {device_type} in {dtype}; "
             f"available: {', '.join(implementations())} (or None to choose automatically)"
         )
-    elif implementation is None and device_type == "cpu":
-        choice = Choice("portable", "plain PyTorch with its fused CPU operators, the fastest on a CPU")
+    if implementation in _MODULES or (implementation and op == "decoder_step" and implementation != "native"):
+        choice = Choice(implementation, "requested")
+    elif implementation == "native" or (implementation is None and device_type == "cpu"):
+        why_not = availability.why_not_native(op, device_type, dtype)
+        if why_not is None:
+            choice = Choice("native", "requested" if implementation else "in C, compiled for this processor")
+        elif implementation is None:
+            reason = "plain PyTorch with its fused CPU operators"
+            if op in availability.NATIVE_OPS or op == "decoder_step":
+                reason = f"plain PyTorch, not C: {why_not}"
+            choice = Choice("portable", reason)
+        else:
+            raise _unavailable(implementation, op, device_type, dtype, why_not)
     else:
         why_not = availability.why_not(op, device_type, dtype) or misfit
         if why_not is None:
@@ -103,40 +114,21 @@ def _choose(implementation: str | None, op: str, device_type: str, dtype: torch.
         elif implementation is None:
             choice = Choice("portable", f"plain PyTorch, there are no kernels for {device_type} here: {why_not}")
         else:
-            raise ValueError(
-                f"implementation='triton' is not available for {op} on {device_type} in {dtype}: {why_not}; "
-                f"available: {', '.join(implementations())} (or None to choose automatically)"
-            )
+            raise _unavailable(implementation, op, device_type, dtype, why_not)
     logger.info("%s on %s in %s runs %s: %s", op, device_type, dtype, *choice)
     return choice
 
 
-def _choose_decoder(implementation: str | None, device_type: str, dtype: torch.dtype) -> Choice:
-    """A whole step of decoding: in C on a CPU, else put together from the other ops."""
-    why_not = availability.why_not_native(device_type, dtype)
-    if implementation == "native" and why_not is not None:
-        raise ValueError(
-            f"implementation='native' is not available for decoder_step on {device_type} in {dtype}: {why_not}; "
-            "pass None to choose automatically"
-        )
-    if implementation in ("native", "portable", "reference", "triton"):
-        choice = Choice(implementation, "requested")
-    elif implementation is not None:
-        raise ValueError(
-            f"implementation={implementation!r} is unknown for decoder_step on {device_type} in {dtype}; "
-            "known: native, portable, reference, triton (or None to choose automatically)"
-        )
-    elif why_not is None:
-        choice = Choice("native", "kernels in C, compiled for this processor")
-    else:
-        choice = Choice("portable", f"plain PyTorch, not the kernels in C: {why_not}")
-    logger.info("decoder_step on %s in %s runs %s: %s", device_type, dtype, *choice)
-    return choice
+def _unavailable(implementation: str, op: str, device_type: str, dtype: torch.dtype, why_not: str) -> ValueError:
+    return ValueError(
+        f"implementation={implementation!r} is not available for {op} on {device_type} in {dtype}: {why_not}; "
+        f"available: {', '.join(implementations())} (or None to choose automatically)"
+    )
 
 
 def _module(name: str) -> ModuleType:
     # Triton is imported where it is used first, and nowhere else.
-    return importlib.import_module("minim3.kernels.triton") if name == "triton" else _MODULES[name]
+    return importlib.import_module(_LATE[name]) if name in _LATE else _MODULES[name]
 
 
 def _function(

@@ -25,6 +25,9 @@ TRITON_OPS = (
 )  # fmt: skip
 """Ops that have Triton kernels."""
 
+NATIVE_OPS = ("select_blocks", "select_blocks_paged")
+"""Ops that have kernels in C, besides whole steps of decoding."""
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_SIZES = (16, 32, 64, 128)
 _MOST_DIM = 128
@@ -53,11 +56,13 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     return _why_no_cuda()
 
 
-def why_not_native(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the decoder in C does not run steps on such a device in `dtype`, or None. Asking compiles it."""
+def why_not_native(op: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why no kernel in C runs `op` (or "decoder_step") on such a device in `dtype`, or None. Asking compiles them."""
+    if op not in (*NATIVE_OPS, "decoder_step"):
+        return "there is no kernel in C for it"
     if device_type != "cpu":
-        return "they run on the CPU"
-    return native.why_not() if dtype == torch.float32 else "they take fp32"
+        return "kernels in C run on the CPU"
+    return native.why_not() if dtype == torch.float32 else "kernels in C take fp32"
 
 
 @cache

@@ -35,7 +35,7 @@ def why_not() -> str | None:
 
 def lanes() -> int:
     """fp32 numbers of a vector; dimensions of heads are multiples of it."""
-    return int(_library().minim3_lanes())
+    return int(library().minim3_lanes())
 
 
 def int4_blocks() -> tuple[int, int]:
@@ -43,7 +43,7 @@ def int4_blocks() -> tuple[int, int]:
     return 2 * lanes(), 4 * lanes()
 
 
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     found = build.library()
     assert not isinstance(found, str), found
     return found
@@ -132,7 +132,7 @@ def product(matrix: Matrix, x: Tensor) -> Tensor:
     x = x.contiguous()
     out = torch.empty(x.shape[0], matrix.rows)
     threads = _threads(_bytes(matrix), _BYTES_OF_A_PRODUCT)
-    _library().minim3_product(
+    library().minim3_product(
         ctypes.byref(matrix), c_void_p(x.data_ptr()), c_int64(x.shape[0]), c_void_p(out.data_ptr()), c_int64(threads)
     )
     return out
@@ -157,7 +157,7 @@ class Steps:
                    for n in range(count + experts.shared)]  # fmt: skip
             self._dense_bytes += sum(own[count:])
             self._experts.append((experts.per_token, count, own[0]))
-        found = _library()
+        found = library()
         self._space, self._step = found.minim3_space, found.minim3_step
         self._space.restype, self._step.restype = c_int64, None
         self._model = ctypes.byref(model)

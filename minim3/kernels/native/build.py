@@ -50,11 +50,11 @@ def _built() -> Path:
         wanted = os.environ.get("CC")
         raise CannotBuild(f"CC={wanted} is not a program" if wanted else "no C compiler (cc, gcc or clang) was found")
     folder = Path(__file__).parent
-    sources = sorted([*folder.glob("*.c"), *folder.glob("*.h")])
-    target = _cache_folder() / f"decoder-{_fingerprint(sources, found)}.so"
+    sources = sorted(folder.glob("*.c"))
+    target = _cache_folder() / f"kernels-{_fingerprint([*sources, *sorted(folder.glob('*.h'))], found)}.so"
     if not target.exists():
-        logger.info("compiling %s with %s, once: takes a few seconds", folder / "step.c", found)
-        _compile(found, folder / "step.c", target)
+        logger.info("compiling %s with %s, once: takes a few seconds", folder, found)
+        _compile(found, sources, target)
     return target
 
 
@@ -88,7 +88,7 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def _compile(program: str, source: Path, target: Path) -> None:
+def _compile(program: str, sources: list[Path], target: Path) -> None:
     """Written aside and renamed: two processes at once do no harm, nor does one that is killed."""
     try:
         handle, aside = tempfile.mkstemp(suffix=".so", prefix=".making-", dir=target.parent)
@@ -96,14 +96,14 @@ def _compile(program: str, source: Path, target: Path) -> None:
         raise CannotBuild(f"the cache folder {target.parent} cannot be written to: {error.strerror}") from error
     os.close(handle)
     try:
-        command = [program, *_FLAGS, "-o", aside, str(source), "-lm"]
+        command = [program, *_FLAGS, "-o", aside, *map(str, sources), "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_MOST_SECONDS)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
             said = next((line for line in lines if "error" in line), lines[-1])
-            raise CannotBuild(f"{program} cannot compile {source.name}: {said}")
+            raise CannotBuild(f"{program} cannot compile the kernels: {said}")
         os.replace(aside, target)
     except subprocess.TimeoutExpired as error:
-        raise CannotBuild(f"{program} took more than {_MOST_SECONDS} s to compile {source.name}") from error
+        raise CannotBuild(f"{program} took more than {_MOST_SECONDS} s to compile the kernels") from error
     finally:
         Path(aside).unlink(missing_ok=True)

@@ -172,7 +172,7 @@ static void int4_product(const Matrix *w, int64_t first, int64_t rows, const flo
 }
 
 /* out[t * ld + n] = row `first + n` of the weight times x[t]. */
-static __attribute__((noinline)) void product(const Matrix *w, int64_t first, int64_t rows, const float *const *x, int64_t count, float *out,
+static __attribute__((noinline, unused)) void product(const Matrix *w, int64_t first, int64_t rows, const float *const *x, int64_t count, float *out,
                     int64_t ld) {
     switch (w->format) {
     case FP32: plain_product(FP32, w, first, rows, x, count, out, ld); break;

@@ -29,9 +29,9 @@ _PART_SCORES = 1 << 23
 def select_blocks_paged(
     index_q: Tensor, index_k_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
     block_size: int, topk_blocks: int, init_blocks: int = 0, local_blocks: int = 1, score_type: str = "max",
-    scale: float | None = None, plan: PagedPlan | None = None,
+    scale: float | None = None, plan: PagedPlan | None = None, maxima: type[select.Maxima] | None = None,
 ) -> Tensor:  # fmt: skip
-    """See the reference."""
+    """See the reference; `maxima` as in `select.select_blocks`."""
     check_selection(block_size, topk_blocks, init_blocks, local_blocks, score_type)
     plan = _plan(plan, page_table, lengths_k, cu_seqlens_q, index_k_pages.shape[-2])
     scale = index_q.shape[-1] ** -0.5 if scale is None else scale
@@ -54,7 +54,8 @@ def select_blocks_paged(
     for r in others:
         keys = cache.view(index_k_pages).index_select(0, plan.rows(r, cache)[0]).view(-1, index_k_pages.shape[-1])
         out[r.rows] = select.select_blocks(
-            queries[r.rows], keys[: r.length], [0, r.num_queries], [0, r.length], scale=1.0, **selection
+            queries[r.rows], keys[: r.length], [0, r.num_queries], [0, r.length], scale=1.0, maxima=maxima,
+            **selection,
         )
     plan.own_choice = out if local_blocks else None
     return out

@@ -6,6 +6,7 @@ causal mask, and queries in the first `topk_blocks` blocks need no score at all.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,12 +28,23 @@ _TILE_SCORES = 1 << 18
 """Scores of a tile: 1 MiB in fp32, which a core's own cache holds until the maximum is taken."""
 
 
+class Maxima(Protocol):
+    """Another way to the largest products of fp32 rows and the keys of each block; made once a sequence."""
+
+    def __init__(self, keys: Tensor, block_size: int) -> None: ...
+
+    @staticmethod
+    def takes(block_size: int) -> bool: ...
+
+    def into(self, rows: Tensor, blocks: int, scores: Tensor) -> None: ...
+
+
 def select_blocks(
     index_q: Tensor, index_k: Tensor, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *, q_offset: Lengths | None = None,
     block_size: int, topk_blocks: int, init_blocks: int = 0, local_blocks: int = 1, score_type: str = "max",
-    scale: float | None = None,
+    scale: float | None = None, maxima: type[Maxima] | None = None,
 ) -> Tensor:  # fmt: skip
-    """See the reference."""
+    """See the reference. `maxima` takes the place of products of torch where it has a form."""
     check_selection(block_size, topk_blocks, init_blocks, local_blocks, score_type)
     scale = index_q.shape[-1] ** -0.5 if scale is None else scale
     spans = sequence_spans(
@@ -42,11 +54,19 @@ def select_blocks(
     out = all_blocks(current, index_q.shape[1], topk_blocks)
     dtype = at_least_fp32(index_q.dtype)
     pieces: list[Callable[[], None]] = []
+    has_form = dtype == torch.float32 and index_q.device.type == "cpu" and local_blocks and score_type == "max"
+    own = maxima if has_form and maxima is not None and maxima.takes(block_size) else None
 
-    def choose(queries: Tensor, keys: Tensor, tile: Span) -> None:
+    def choose(queries: Tensor, keys: Tensor, found: Maxima | None, tile: Span) -> None:
         rows = slice(tile.q_start, tile.q_stop)
         queries = queries.detach().to(dtype)
-        scores = _block_scores(queries, keys, tile, block_size, local_blocks, score_type, scale)
+        if found is None:
+            scores = _block_scores(queries, keys, tile, block_size, local_blocks, score_type, scale)
+        else:
+            num_blocks = (tile.offset + tile.num_queries - 1) // block_size + 1
+            scores = queries.new_full((*queries.shape[:2], num_blocks), float("-inf"))
+            found.into(queries.flatten(0, 1), num_blocks - 1, scores.flatten(0, 1))
+            scores *= scale
         out[rows] = best_blocks(scores, current[rows], topk_blocks, init_blocks, local_blocks)
 
     for span in spans:
@@ -54,11 +74,12 @@ def select_blocks(
         if first >= span.num_queries:
             continue
         keys = index_k[span.k_start : span.k_stop].detach().to(dtype)
+        found = None if own is None else own(keys, block_size)
         step = max(1, _TILE_ROWS // index_q.shape[1])
         for start in range(first, span.num_queries, step):
             count = min(step, span.num_queries - start)
             tile = Span(span.q_start + start, count, span.k_start, span.num_keys, span.offset + start)
-            pieces.append(partial(choose, index_q[tile.q_start : tile.q_stop], keys, tile))
+            pieces.append(partial(choose, index_q[tile.q_start : tile.q_stop], keys, found, tile))
     run_all(pieces, index_q.device)
     return out
 
