@@ -3,8 +3,11 @@
 That it computes what the modules compute is tested in `test_model_decoding`, with the portable form.
 """
 
+import platform
 import re
 import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,12 @@ from minim3 import kernels
 from minim3.kernels import native
 from minim3.kernels.native import build
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM
+from minim3.model.decoding import DecodingModel
 from minim3.model.layers import rotary_table
-from minim3.model.native_decoding import NativeDecodingModel
+from minim3.model.native_decoding import NativeDecodingModel, NativeHead
 from minim3.model.quantization import Quantization, quantize_model
 from minim3.model.quantized import QuantizedExperts, QuantizedLinear
+from minim3.model.weight_formats import int4_layout, quantize
 from tests import tiny_models
 from tests.test_model_decoding import NEEDS_COMPILER, Steps, cached, compare, embeddings
 
@@ -135,7 +140,9 @@ def test_quantized_weights_are_what_they_stand_for(format: str) -> None:
     model.pack_for_inference()
     form = NativeDecodingModel.of(model.text_model)
     if form is None:
+        layout = int4_layout()
         assert format == "int4"
+        assert layout is None or layout.block not in native.int4_blocks()
         pytest.skip("torch packs 4-bit weights here in an order that the kernels do not know")
     plain_form = native_form(plain)
     for steps in ([(9, 1)], [(40, 3), (2, 1), (33, 2)], [(n, 1) for n in range(20, 37)]):
@@ -184,6 +191,85 @@ def test_the_structures_are_those_of_the_c() -> None:
         end = source.index("} " + structure.__name__ + ";")
         declared = _declared(source[source.rindex("typedef struct {", 0, end) : end])
         assert declared == [name for name, *_ in structure._fields_], structure.__name__
+
+
+@NEEDS_COMPILER
+def test_the_limits_are_those_of_the_c() -> None:
+    """Buffers on the stack of C have their sizes: with other limits here they would be overrun."""
+    folder = Path(build.__file__).parent
+    source = "".join((folder / name).read_text() for name in ("products.h", "attention.h", "step.c"))
+    for name in ("MOST_TOKENS", "MOST_ROWS"):
+        (value,) = re.findall(rf"#define {name} (\d+)", source)
+        assert int(value) == getattr(native, name)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("part", ["gate", "up", "down", "shared", "k_proj", "router", "norm"])
+def test_a_nan_shows(part: str) -> None:
+    """A limit or a maximum that takes the other number would turn NaN into an answer, without a word."""
+    model: Any = tiny_models.text_model(2)
+    layer = model.text_model.layers[2]
+    experts, shared = layer.block_sparse_moe.experts, layer.block_sparse_moe.shared_experts
+    width = experts.w2.shape[2]
+    weight, row = {
+        "gate": (experts.w13[:], slice(3)), "up": (experts.w13[:, width:], slice(3)), "down": (experts.w2[:], slice(3)),
+        "shared": (shared.gate_proj.weight, 5), "k_proj": (layer.self_attn.k_proj.weight, 7),
+        "router": (layer.block_sparse_moe.gate.weight, 3), "norm": (layer.input_layernorm.weight, 2),
+    }[part]  # fmt: skip
+    with torch.no_grad():
+        if weight.dim() == 1:
+            weight.data[row] = torch.nan
+        else:
+            weight.data[..., row, :] = torch.nan
+    forms = [native_form(model), DecodingModel.of(model.text_model)]
+    for form in forms:
+        assert form is not None
+        batch = cached(model, [(9, 1), (20, 2)], 4)
+        with torch.inference_mode():
+            out = form.forward_packed(embeddings(batch), batch)
+            want = model.text_model.forward_packed(embeddings(batch), cached(model, [(9, 1), (20, 2)], 4))
+        assert want.isnan().any()
+        assert out is not None
+        assert torch.equal(out.isnan().any(1), want.isnan().any(1))
+
+
+@NEEDS_COMPILER
+def test_a_quantized_matrix_that_was_replaced_is_noticed() -> None:
+    model: Any = tiny_models.text_model(5, **WIDE)
+    quantize_model(model, Quantization("int8"))
+    form, experts = native_form(model), model.text_model.layers[2].block_sparse_moe.experts
+    batch = cached(model, [(9, 1)], 4)
+    with torch.inference_mode():
+        assert form.forward_packed(embeddings(batch, 64), batch) is not None
+        experts.w13.matrices[0] = quantize(torch.randn(128, 64), "int8")
+        assert form.forward_packed(embeddings(batch, 64), batch) is None
+
+
+@NEEDS_COMPILER
+def test_a_tail_behind_a_very_long_prefix_is_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token of it would read all keys, and hold a share of each 512 of them."""
+    model = tiny_models.text_model(1)
+    form = native_form(model)
+    with torch.inference_mode():
+        for limit, name in ((600, "MOST_PAIRS"), (1000, "_MOST_BYTES")):
+            batch = cached(model, [(40, 20)], 4)
+            assert form.forward_packed(embeddings(batch), batch) is not None
+            monkeypatch.setattr(native, name, limit)
+            assert form.forward_packed(embeddings(batch), batch) is None
+            monkeypatch.undo()
+
+
+@NEEDS_COMPILER
+def test_a_head_that_was_replaced_is_asked() -> None:
+    model: Any = tiny_models.text_model(1)
+    model.pack_for_inference()
+    head, x = NativeHead(model), torch.randn(3, 32)
+    with torch.inference_mode():
+        assert torch.allclose(head(x), model.compute_logits(x), atol=1e-5)
+        model.lm_head = torch.nn.Linear(32, 64, bias=False)
+        assert torch.equal(head(x), model.lm_head(x))
+        model.lm_head.weight.data = torch.randn(64, 32)
+        assert torch.equal(head(x), model.lm_head(x))
 
 
 def _declared(body: str) -> list[str]:
@@ -237,7 +323,55 @@ def test_a_compiler_that_fails_is_quoted(fresh: Path, monkeypatch: pytest.Monkey
 
 def test_a_cache_folder_that_cannot_be_made_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (fresh / "cache").write_text("a file")
-    assert "cache/minim3 cannot be made" in (native.why_not() or "") or build.compiler() is None
+    assert "cache/minim3 cannot be made" in (native.why_not() or "") or not build.compilers()
+
+
+@NEEDS_COMPILER
+def test_a_torn_library_is_made_again(fresh: Path) -> None:
+    built = build._built(build.compilers()[0])
+    built.write_bytes(b"")
+    assert native.why_not() is None
+    assert built.stat().st_size > 1000
+
+
+def test_without_a_home_folder_the_way_out_is_named(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(Path, "home", homeless)
+    assert not build.compilers() or native.why_not() == (
+        "there is no home folder to compile kernels into: set XDG_CACHE_HOME"
+    )
+
+
+@NEEDS_COMPILER
+def test_a_compiler_may_be_named_with_options(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((found, *_), *_) = build.compilers()
+    monkeypatch.setenv("CC", f"{found} -O1")
+    assert native.why_not() is None
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("machine", ["x86-64", "x86-64-v3"])
+def test_vectors_of_other_machines(fresh: Path, monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
+    """Four and eight lanes, as on older machines, in a process of their own."""
+    if platform.machine() != "x86_64":
+        pytest.skip("these are other machines' vectors")
+    flags = tuple(f"-march={machine}" if flag == "-march=native" else flag for flag in build._FLAGS)
+    program = f"""
+import minim3.kernels.native.build as build
+build._FLAGS = {flags!r}
+from minim3.kernels import native
+assert native.lanes() == {4 if machine == "x86-64" else 8}
+import tests.test_model_decoding as steps
+for name in steps.MODELS:
+    steps.test_it_computes_what_the_modules_compute(steps.NativeDecodingModel, name)
+import tests.test_native_prompts as prompts
+prompts.test_it_chooses_what_the_definition_chooses.hypothesis.inner_test([(70, 90)], 16, 9, 2, 3, 0, 1, True, 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @NEEDS_COMPILER

@@ -1,11 +1,11 @@
 """One function per op; which implementation runs is chosen here, by device and dtype, and nowhere else.
 
 Shapes and meaning: the docstrings in `minim3.kernels.reference`, which is the definition of every op. All take
-`implementation`: "reference" (dense, obvious, slow), "portable" (fast plain PyTorch, any device), "native" (selection
-alone: C on the CPU, with what it has no form for left to PyTorch), "triton" (NVIDIA GPUs; interpreted on a CPU where
-TRITON_INTERPRET=1), or None for the choice of `choose`: Triton on CUDA where it has a kernel for the types and shapes,
-native on a CPU with a compiler, else portable. Each choice is logged once (logger `minim3.kernels`). T packed
-queries, S packed keys, N sequences; lengths are int32 tensors or sequences of integers.
+`implementation`: "reference" (dense, obvious, slow), "portable" (fast plain PyTorch, any device), "native" (C on the
+CPU, for selection and sparse attention, with what it has no form for left to PyTorch), "triton" (NVIDIA GPUs;
+interpreted on a CPU where TRITON_INTERPRET=1), or None for the choice of `choose`: Triton on CUDA where it has a kernel
+for the types and shapes, native on a CPU with a compiler, else portable. Each choice is logged once (logger
+`minim3.kernels`). T packed queries, S packed keys, N sequences; lengths are int32 tensors or sequences of integers.
 The paged ops take a `PagedPlan` of the step besides, where one is shared by many calls with the same sequences; in
 Triton also a `DevicePlan`, where only the device knows the lengths.
 
@@ -49,7 +49,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _MODULES: dict[str, ModuleType] = {"portable": portable, "reference": reference}
-_LATE = {"triton": "minim3.kernels.triton", "native": "minim3.kernels.native.selection"}
+_LATE = {"triton": "minim3.kernels.triton", "native": "minim3.kernels.native.prompts"}
 
 
 class Choice(NamedTuple):

@@ -25,7 +25,7 @@ TRITON_OPS = (
 )  # fmt: skip
 """Ops that have Triton kernels."""
 
-NATIVE_OPS = ("select_blocks", "select_blocks_paged")
+NATIVE_OPS = ("block_sparse_attention", "block_sparse_attention_paged", "select_blocks", "select_blocks_paged")
 """Ops that have kernels in C, besides whole steps of decoding."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

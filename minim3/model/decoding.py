@@ -32,7 +32,7 @@ from minim3.model.decoding_products import Product, Rows, Space, is_plain
 from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, RotaryFactors, rotary_frequencies
 from minim3.model.moe import MiniMaxM3MoE
 from minim3.model.mtp import MiniMaxM3MTPBlock
-from minim3.model.quantized import QuantizedLinear
+from minim3.model.quantized import QuantizedExperts, QuantizedLinear
 
 MOST_TOKENS = 256
 """Beyond, a step is long and the modules run it."""
@@ -293,7 +293,7 @@ def _packed_projection(block: nn.Module) -> PackedProjection | None:
     return packed if all(type(norm) is MiniMaxM3RMSNorm and is_plain(norm.weight) for norm in norms) else None
 
 
-_VERSION = attrgetter("_version")
+_VERSION, _MATRIX = attrgetter("_version"), attrgetter("matrix")
 
 
 class Watch:
@@ -301,13 +301,19 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
-        # What holds weights: quantized linears do outside of parameters.
         self._holders = [
-            held for module in modules for held in (module._modules, module._parameters, module._buffers) if held
+            held
+            for module in modules
+            for held in (module._modules, module._parameters, module._buffers)
+            if held or held is module._modules  # a module without children may get one
         ]
         self._known = [dict(held) for held in self._holders]
-        self._quantized = [module for module in modules if isinstance(module, QuantizedLinear)]
-        self._matrices = [module.matrix for module in self._quantized]
+        # What holds weights outside of parameters.
+        self._linears = [module for module in modules if isinstance(module, QuantizedLinear)]
+        self._matrices = [module.matrix for module in self._linears]
+        experts = [module for module in modules if isinstance(module, QuantizedExperts)]
+        self._stacks = [stack.matrices for module in experts for stack in (module.w13, module.w2)]
+        self._stacked = [list(matrices) for matrices in self._stacks]
         self._hooks = [hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
         self._tensors = [*model.parameters(), *model.buffers()]
         self._pointers = [tensor.data_ptr() for tensor in self._tensors]
@@ -318,16 +324,14 @@ class Watch:
     def unchanged(self) -> bool:
         # Loops of C: this runs in every step, over every module and weight.
         try:
-            same = self._holders == self._known  # the same objects, or it is asked whether they are equal
+            # The same objects, or it is asked whether they are equal.
+            same = self._holders == self._known and self._stacks == self._stacked
         except RuntimeError:  # as of tensors, which give more than one answer
             return False
         return (
             same
-            and all(map(is_, map(_MATRIX, self._quantized), self._matrices))
+            and all(map(is_, map(_MATRIX, self._linears), self._matrices))
             and list(map(Tensor.data_ptr, self._tensors)) == self._pointers
             and list(map(_VERSION, self._counted)) == self._versions
             and not any(self._hooks)
         )
-
-
-_MATRIX = attrgetter("matrix")

@@ -4,7 +4,7 @@ T new tokens, H hidden size, F the width of an expert.
 """
 
 from collections.abc import Sequence
-from math import exp
+from math import exp, inf, isnan
 from operator import add
 from typing import Any, NamedTuple
 
@@ -252,13 +252,15 @@ class DecodingMoE:
         """
         moe = self.moe
         if moe.scoring_func == "sigmoid":
-            scores = [1.0 / (1.0 + exp(-value)) if value > -700.0 else 0.0 for value in values]
+            scores = [0.0 if value <= -700.0 else 1.0 / (1.0 + exp(-value)) for value in values]
         else:
             largest = max(values)
             scores = [exp(value - largest) for value in values]
             total = sum(scores)
             scores = [score / total for score in scores]
         choice = scores if self.bias is None else list(map(add, scores, self.bias))
+        if isnan(sum(choice)):  # NaN ranks highest, as in torch, so that it shows
+            choice = [inf if isnan(score) else score for score in choice]
         chosen = sorted(range(len(choice)), key=choice.__getitem__, reverse=True)[: moe.num_experts_per_tok]
         factor = moe.routed_scaling_factor / sum([scores[expert] for expert in chosen]) / moe.experts.alpha
         return [(expert, scores[expert] * factor) for expert in chosen]

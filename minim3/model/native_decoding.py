@@ -5,6 +5,7 @@ weights themselves, fp32 or quantized; of norms and router biases it has copies.
 another format, a hook) is left to `decoding` and to the modules.
 """
 
+import logging
 from collections.abc import Sequence
 from operator import is_
 from typing import Any
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from minim3 import kernels
 from minim3.config import MiniMaxM3VLTextConfig
 from minim3.kernels import native
+from minim3.kernels.portable.paged import FEW_TOKENS
 from minim3.model.attention import MiniMaxM3Attention
 from minim3.model.batch import ForwardBatch, LayerPages
+from minim3.model.causal_lm import CausalLM
 from minim3.model.decoder import Block, MiniMaxM3TextModel
 from minim3.model.decoding import Watch
 from minim3.model.decoding_products import is_plain
@@ -26,9 +29,11 @@ from minim3.model.mtp import MiniMaxM3MTPBlock
 from minim3.model.quantized import QuantizedExperts, QuantizedLinear
 from minim3.model.weight_formats import Int4Matrix, Int8Matrix, WeightMatrix, int4_layout
 
+logger = logging.getLogger(__name__)
+
 
 class _NoForm(Exception):
-    """A module that the kernels do not know."""
+    """A module that the kernels do not know, in words."""
 
 
 class NativeDecodingModel:
@@ -58,7 +63,7 @@ class NativeDecodingModel:
     @classmethod
     def of(cls, model: MiniMaxM3TextModel) -> "NativeDecodingModel | None":
         """The model in this form; None where the kernels do not run, or do not know a module of it."""
-        if type(model) is not MiniMaxM3TextModel or not _runs(model.layers):
+        if type(model) is not MiniMaxM3TextModel or not is_plain(model.norm.weight) or not _runs(model.layers):
             return None
         return cls._made(model, model.config, list(model.layers), model.norm)
 
@@ -73,7 +78,8 @@ class NativeDecodingModel:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 return cls(*parts)
-            except _NoForm:
+            except _NoForm as reason:
+                logger.info("decoder_step does not run native: %s", reason)
                 return None
 
     def forward_packed(self, inputs_embeds: Tensor, batch: ForwardBatch, hidden: Tensor | None = None) -> Tensor | None:
@@ -86,6 +92,9 @@ class NativeDecodingModel:
             return None
         if inputs_embeds.dtype != torch.float32 or torch.is_grad_enabled():
             return None
+        many = max(batch.lengths_q) > FEW_TOKENS
+        if many and batch.num_tokens * batch.max_length_k > native.MOST_PAIRS:
+            return None
         # A draft module that runs after its model in a step relies on the model's look.
         watched = self._is_draft and batch.plan.once(self._watch, self._watch.unchanged)
         if not (watched or self._watch.unchanged()) or not self._take_pages(pages.layers):
@@ -94,7 +103,7 @@ class NativeDecodingModel:
         embeds, out = inputs_embeds.contiguous(), torch.empty_like(inputs_embeds, memory_format=torch.contiguous_format)
         before = None if hidden is None else hidden.contiguous()
         positions, slots, table = batch.positions.contiguous(), pages.slots.contiguous(), pages.page_table
-        self._steps.run(
+        done = self._steps.run(
             native.Batch(
                 tokens=batch.num_tokens, sequences=len(batch.lengths_q), page_size=pages.page_size,
                 table_stride=table.stride(0), lengths_q=native.integers(batch.lengths_q),
@@ -103,7 +112,7 @@ class NativeDecodingModel:
                 hidden=None if before is None else before.data_ptr(), out=out.data_ptr(),
             )
         )  # fmt: skip
-        return out
+        return out if done else None
 
     def _take_pages(self, layers: Sequence[LayerPages]) -> bool:
         """Note where the pages of the blocks lie; False where they are not fp32."""
@@ -126,12 +135,14 @@ class NativeHead:
         self._of: tuple[Any, Any] | None = None
         self._known, self._matrix = _Known(), native.Matrix()
         head = model.get_output_embeddings()
-        if model.device.type != "cpu" or not _runs(model.text_model.layers):
+        own = type(model).compute_logits is CausalLM.compute_logits
+        if not own or not is_plain(model.text_model.norm.weight) or not _runs(model.text_model.layers):
             return
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self._matrix = self._known.linear(head)
-        except _NoForm:
+        except _NoForm as reason:
+            logger.info("the vocabulary product does not run native: %s", reason)
             return
         self._of = head, self._state(head)
 
@@ -164,19 +175,19 @@ class _Known:
 
     def norm(self, norm: nn.Module) -> native.Norm:
         if type(norm) is not MiniMaxM3RMSNorm or not is_plain(norm.weight):
-            raise _NoForm
+            raise _NoForm(f"a norm is a {type(norm).__name__} or not in fp32 on the CPU")
         return native.Norm(scale=self.copy(norm.scale()), eps=norm.eps)
 
     def linear(self, module: nn.Module) -> native.Matrix:
         if type(module) is QuantizedLinear:
             return self.quantized(module.matrix)
         if type(module) is not nn.Linear or module.bias is not None:
-            raise _NoForm
+            raise _NoForm(f"a projection is a {type(module).__name__}")
         return self.plain(module.weight)
 
     def plain(self, weight: Tensor) -> native.Matrix:
         if not is_plain(weight) or weight.stride(1) != 1:
-            raise _NoForm
+            raise _NoForm("a weight is not dense fp32 on the CPU")
         self._kept.append(weight)
         rows, columns = weight.shape
         return native.Matrix(rows=rows, columns=columns, stride=weight.stride(0), codes=weight.data_ptr())
@@ -193,14 +204,14 @@ class _Known:
             )  # fmt: skip
         layout = int4_layout()
         if not isinstance(matrix, Int4Matrix) or layout is None or layout.block not in native.int4_blocks():
-            raise _NoForm
+            raise _NoForm(f"a weight is {getattr(matrix, 'format', None)}, in an order that they do not know")
         last = matrix.num_rows if last is None else last
         if (
             first % layout.block
             or matrix.spans != ((0, matrix.num_rows),)
             or 2 * matrix.codes.shape[1] != matrix.columns
         ):
-            raise _NoForm
+            raise _NoForm("4-bit rows of an expert do not fill blocks")
         factors = matrix.scales_and_zeros
         assert factors.stride()[1:] == (2, 1), factors.stride()
         return native.Matrix(
@@ -218,17 +229,17 @@ class _Known:
 def _layer(block: Block, config: MiniMaxM3VLTextConfig, known: _Known) -> native.Layer:
     attention = block.self_attn
     if type(block) is not Block or type(attention) is not MiniMaxM3Attention or attention._packed is None:
-        raise _NoForm
+        raise _NoForm("a layer is not packed, or of another class")
     packed, indexer, dim = attention._packed, attention.indexer, attention.head_dim
     heads, kv_heads = attention.num_heads, attention.num_kv_heads
     if not packed.is_current(attention) or dim % native.lanes() or heads // kv_heads > native.MOST_ROWS:
-        raise _NoForm
+        raise _NoForm(f"heads of {dim}, {heads // kv_heads} to a KV head, or packed weights that were replaced")
     index_heads, selection = 0, native.Selection()
     projections = [attention.q_proj, attention.k_proj]
     if indexer is not None:
         index_heads = indexer.num_index_heads
-        if index_heads != kv_heads or index_heads > native.MOST_ROWS:
-            raise _NoForm
+        if index_heads != kv_heads or index_heads > native.MOST_ROWS or indexer.topk_blocks > native.MOST_TOPK:
+            raise _NoForm(f"{index_heads} index heads beside {kv_heads} KV heads")
         projections += [indexer.index_q_proj, indexer.index_k_proj]
         selection = native.Selection(
             topk=indexer.topk_blocks, block=indexer.block_size, init=indexer.init_blocks, local=indexer.local_blocks,
@@ -255,9 +266,9 @@ def _experts(block: Block, known: _Known) -> native.Experts:
         moe = block.block_sparse_moe
         experts, shared = moe.experts, moe.shared_experts
         if type(moe) is not MiniMaxM3MoE or type(experts) not in (MiniMaxM3Experts, QuantizedExperts):
-            raise _NoForm
+            raise _NoForm(f"experts are {type(experts).__name__}")
         if not is_plain(moe.gate.weight):
-            raise _NoForm
+            raise _NoForm("a router is not in fp32")
         width = experts.w2.shape[2]
         if type(experts) is QuantizedExperts:
             for n in range(experts.w2.shape[0]):
@@ -269,14 +280,15 @@ def _experts(block: Block, known: _Known) -> native.Experts:
         found.experts, found.per_token, found.factor = len(products), moe.num_experts_per_tok, moe.routed_scaling_factor
         found.softmax = moe.scoring_func != "sigmoid"
         if not moe.gate.weight.is_contiguous():
-            raise _NoForm
+            raise _NoForm("a router is not dense")
         found.router = known.plain(moe.gate.weight).codes
         if moe.e_score_correction_bias is not None:
-            found.bias = known.copy(moe.e_score_correction_bias)
+            bias = moe.e_score_correction_bias  # which training changes in place
+            found.bias = bias.data_ptr() if is_plain(bias) and bias.is_contiguous() else known.copy(bias)
         found.act = native.Activation(experts.alpha, experts.limit or 0.0, experts.beta)
     if shared is not None:
         if type(shared) is not MiniMaxM3MLP:
-            raise _NoForm
+            raise _NoForm(f"a gated MLP is a {type(shared).__name__}")
         products.append((known.linear(shared.gate_proj), known.linear(shared.up_proj), known.linear(shared.down_proj)))
         found.shared, found.shared_act = 1, native.Activation(shared.alpha, shared.limit or 0.0, shared.beta)
     gate, up, down = zip(*products, strict=True)

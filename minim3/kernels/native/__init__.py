@@ -2,8 +2,8 @@
 
 A step of few tokens is bound by reading weights; in eager PyTorch half of its time goes to launching operators instead,
 and an attention that reads chosen blocks where they lie cannot be put together from operators at all. `step.c` computes
-all layers in one parallel region. It is plain C with the vector extension of gcc and clang (no intrinsics, any
-processor), compiled where it runs (`build`); where that cannot be done, portable PyTorch runs instead, and
+all layers in one parallel region. It is plain C with the vector extension of gcc and clang (intrinsics for two
+conversions), compiled where it runs (`build`); where that cannot be done, portable PyTorch runs instead, and
 `minim3 info` says so. The structures below mirror those of the C.
 """
 
@@ -21,6 +21,9 @@ MOST_TOKENS = 256
 """New tokens of a step: about where products of many rows are as good elsewhere."""
 MOST_OF_A_SEQUENCE = 128
 """New tokens of one sequence: each reads all of its keys, which many of them do better together."""
+MOST_PAIRS = 1 << 20
+"""New tokens times the keys of the longest sequence, where a sequence has more than a few."""
+MOST_TOPK = 4096
 MOST_ROWS = 32
 """Query heads of a KV head, and index heads."""
 FP32, INT8, INT4 = range(3)
@@ -111,6 +114,8 @@ _BYTES_OF_A_THREAD = 8 << 20
 wait in every one for a thread whose core is busy with something else."""
 
 
+_MOST_BYTES = 1 << 30
+"""Memory of a step."""
 _BYTES_OF_A_PRODUCT = 1 << 18
 """The same for one product alone, in which they wait once."""
 
@@ -163,14 +168,18 @@ class Steps:
         self._model = ctypes.byref(model)
         self._memory = torch.empty(0, dtype=torch.uint8)
 
-    def run(self, batch: Batch) -> None:
+    def run(self, batch: Batch) -> bool:
+        """False, and nothing done, where the step would take too much memory."""
         experts = sum(min(batch.tokens * each, count) * size for each, count, size in self._experts)
         batch.threads = _threads(self._dense_bytes + experts, _BYTES_OF_A_THREAD)
         needed = self._space(self._model, ctypes.byref(batch)) + 64
+        if needed > _MOST_BYTES:
+            return False
         if self._memory.numel() < needed:
             self._memory = torch.empty(needed * 5 // 4, dtype=torch.uint8)
         start = -(-self._memory.data_ptr() // 64) * 64
         self._step(self._model, ctypes.byref(batch), c_void_p(start))
+        return True
 
 
 def address(tensor: Tensor) -> int:

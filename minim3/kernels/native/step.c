@@ -3,8 +3,6 @@
  * T tokens, H hidden size. Every stage shares its work out by items and ends in a barrier; which thread takes an item,
  * and how many there are, changes no number.
  */
-#include <omp.h>
-
 #include "attention.h"
 
 #define MOST_TOKENS 256 /* of a step */
@@ -315,7 +313,8 @@ static void choose_experts(const Experts *e, float *logits, int32_t *ids, float 
             int taken = 0;
             for (int64_t k = 0; k < j; k++)
                 taken |= ids[k] == i;
-            if (!taken && (found < 0 || score > highest))
+            /* NaN ranks highest, as in torch, so that it shows. */
+            if (!taken && (found < 0 || score > highest || (score != score && highest == highest)))
                 found = i, highest = score;
         }
         ids[j] = (int32_t)found;
@@ -344,7 +343,7 @@ static void group_tokens(const Experts *e, int64_t tokens, const Space *s) {
 
 static void swiglu(const Activation *a, const float *gate, const float *up, int64_t size, float *out) {
     const float limit = a->limit ? a->limit : INFINITY;
-    for (int64_t i = 0; i < size; i += LANES) { /* past the end of the rows there is room */
+    for (int64_t i = 0; i < size; i += LANES) { /* gate, up and out have room for a whole vector */
         const vec g = minimum(load(gate + i), all(limit)), u = maximum(minimum(load(up + i), all(limit)), all(-limit));
         store(out + i, g / (1.0f + exponential(g * -a->alpha)) * (u + a->beta));
     }

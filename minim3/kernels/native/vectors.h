@@ -56,6 +56,12 @@ INLINE ivec unsigned_bytes(const uint8_t *x) {
 #endif
 }
 
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#else
+#define SHUFFLE __builtin_shufflevector
+#endif
+
 /* Sums over the lanes, in a fixed order: they do not depend on what else is computed. */
 #if LANES == 16
 #define PAIR_EVEN 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
@@ -78,16 +84,16 @@ INLINE ivec unsigned_bytes(const uint8_t *x) {
 
 /* out[0..3] = sums of a, b, c, d: two rounds leave those of all four side by side in every four lanes. */
 INLINE void four_sums(vec a, vec b, vec c, vec d, float *out) {
-    vec ab = __builtin_shufflevector(a, b, PAIR_EVEN) + __builtin_shufflevector(a, b, PAIR_ODD);
-    vec cd = __builtin_shufflevector(c, d, PAIR_EVEN) + __builtin_shufflevector(c, d, PAIR_ODD);
-    vec all = __builtin_shufflevector(ab, cd, QUAD_LOW) + __builtin_shufflevector(ab, cd, QUAD_HIGH);
+    vec ab = SHUFFLE(a, b, PAIR_EVEN) + SHUFFLE(a, b, PAIR_ODD);
+    vec cd = SHUFFLE(c, d, PAIR_EVEN) + SHUFFLE(c, d, PAIR_ODD);
+    vec both = SHUFFLE(ab, cd, QUAD_LOW) + SHUFFLE(ab, cd, QUAD_HIGH);
 #if LANES == 16
-    all += __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    both += SHUFFLE(both, both, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
 #endif
 #if LANES >= 8
-    all += __builtin_shufflevector(all, all, FOLD);
+    both += SHUFFLE(both, both, FOLD);
 #endif
-    memcpy(out, &all, 16);
+    memcpy(out, &both, 16);
 }
 
 INLINE float sum(vec x) {
@@ -106,10 +112,12 @@ INLINE float largest(vec x) {
 }
 
 INLINE vec either(ivec first, vec a, vec b) { return (vec)((first & (ivec)a) | (~first & (ivec)b)); }
-INLINE vec maximum(vec a, vec b) { return either(a > b, a, b); }
-INLINE vec minimum(vec a, vec b) { return either(a < b, a, b); }
+/* NaN of `a` stays. */
+INLINE vec maximum(vec a, vec b) { return either(b > a, b, a); }
+INLINE vec minimum(vec a, vec b) { return either(b < a, b, a); }
 
-/* exp(x) = 2^n exp(r), |r| <= ln(2) / 2, with the polynomial of Cephes' expf: 2 units in the last place. Finite x. */
+/* exp(x) = 2^n exp(r), |r| <= ln(2) / 2, with the polynomial of Cephes' expf: 2 units in the last place. Below -87 it stays
+ * at 1.6e-38, and NaN stays. */
 INLINE vec exponential(vec x) {
     x = minimum(maximum(x, all(-87.0f)), all(88.0f));
     vec shifted = x * 1.44269504088896341f + 12582912.0f; /* 1.5 * 2^23: rounds to an integer in the low bits */

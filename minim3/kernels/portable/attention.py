@@ -2,8 +2,8 @@
 
 Rows of a batch fall in three kinds: short whole documents (batched, `buckets`), dense pieces (every visible block is
 selected: the first `topk * block_size` positions, or dense attention), and sparse pieces. Dense pieces are calls of the
-fused operator (`merging`), sparse ones matrix products of their own (`products`), and so is the gradient of both. T, S,
-Hq, Hkv, D as in the reference; G = Hq / Hkv query heads share a KV head.
+fused operator (`merging`), sparse ones matrix products of their own (`products`). T, S, Hq, Hkv, D as in the
+reference; G = Hq / Hkv query heads share a KV head.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,9 +19,6 @@ from minim3.kernels.portable.buckets import Buckets, make_buckets, scatter_rows,
 from minim3.kernels.portable.flash import attend, attend_backward
 from minim3.kernels.portable.threads import run_all
 from minim3.kernels.sequences import Lengths, Span, as_ints, at_least_fp32, query_positions, sequence_spans
-
-_PRODUCT_QUERIES = 256
-"""Queries of a dense piece from which products of our own are the faster gradient."""
 
 
 def varlen_attention(
@@ -162,9 +159,6 @@ def _backward(
         grad_k = scatter_rows(grad_k, b.rows_k, grads[1].index_select(0, b.packed))
         grad_v = scatter_rows(grad_v, b.rows_k, grads[2].index_select(0, b.packed))
     for span in work.dense:
-        if work.causal and span.num_queries >= _PRODUCT_QUERIES:
-            _products_backward(grad_out, q, k, v, out, lse, None, span, work, grad_q, grad_k, grad_v)
-            continue
         rows, keys = slice(span.q_start, span.q_stop), slice(span.k_start, span.k_stop)
         merging.dense_backward(
             grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], span, work.causal, work.scale,
@@ -172,7 +166,7 @@ def _backward(
         )  # fmt: skip
     for span in work.sparse:
         assert ids is not None
-        _products_backward(grad_out, q, k, v, out, lse, ids, span, work, grad_q, grad_k, grad_v)
+        _sparse_backward(grad_out, q, k, v, out, lse, ids, span, work, grad_q, grad_k, grad_v)
     return grad_q, grad_k, grad_v
 
 
@@ -212,11 +206,11 @@ def _sparse_forward(
     run_all(pieces, q.device)
 
 
-def _products_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ids: Tensor | None, span: Span,
-    work: Work, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
+def _sparse_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ids: Tensor, span: Span, work: Work,
+    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
 ) -> None:  # fmt: skip
-    """Fill the rows of `span` in `grad_q` and add to the others; the packed tensors are whole. No ids: dense."""
+    """Fill the rows of `span` in `grad_q` and add to the others; the packed tensors are whole."""
     seen = slice(span.k_start, span.k_start + span.offset + span.num_queries)
     keys, values, group = products.extend(k[seen]), products.extend(v[seen]), q.shape[1] // k.shape[1]
     grad_keys, grad_values = keys.new_zeros(2, *keys.shape[:2], q.shape[2])
@@ -231,10 +225,7 @@ def _products_backward(
     for tile in products.tiles(span):
         rows = slice(tile.q_start, tile.q_stop)
         delta = (grad_out[rows] * out[rows]).sum(-1)
-        if ids is None:
-            choices = [products.everything(tile)] * k.shape[1]
-        else:
-            choices = products.choices(ids[rows], tile, work.block_size)
+        choices = products.choices(ids[rows], tile, work.block_size)
         run_all((partial(head, h, rows, choice, delta) for h, choice in enumerate(choices)), q.device)
     grad_k[seen] += grad_keys.transpose(0, 1)
     grad_v[seen] += grad_values.transpose(0, 1)

@@ -11,7 +11,7 @@ A tile is R rows (queries) and the keys up to its last row; G query heads share 
 E = D + 1. Rows lie as `[R, G, E]`: a row with all of its heads is contiguous, and a gather copies whole rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -107,9 +107,15 @@ def within_reach(q: Tensor, reference: Tensor, longest: Tensor, scale: float) ->
     return (bound - reference.view_as(bound) <= _REACH).transpose(0, 1).flatten(1).all(1).tolist()
 
 
+AddBlock = Callable[[Tensor, Tensor, Rows, Tensor, Tensor], bool]
+"""queries and sums `[R, G, E]`, the rows that chose a block, its keys `[block, E]` and values `[block, D]`: adds what
+the block gives these rows to their sums, or returns False."""
+
+
 def forward(
-    q: Tensor, reference: Tensor, keys: Tensor, v: Tensor, choice: Choice, scale: float, out: Tensor, lse: Tensor
-) -> None:
+    q: Tensor, reference: Tensor, keys: Tensor, v: Tensor, choice: Choice, scale: float, out: Tensor, lse: Tensor,
+    add_block: AddBlock | None = None,
+) -> None:  # fmt: skip
     """Fill `out` `[R, G, D]` and `lse` `[R, G]` from `q` `[R, G, D]`, extended keys `[S, E]` and values `[S, D]`."""
     rows, group, dim = q.shape
     queries, sums = room("rows", 2 * rows * group * (dim + 1), q).view(2, rows, group, dim + 1)
@@ -129,6 +135,8 @@ def forward(
     gathered, partial = room("gathered", 2 * most * width, q).view(2, most, width)
     scores = scores.view(-1, choice.block_size)
     for chosen, block_keys, values in chosen_parts(choice, group, keys, v):
+        if add_block is not None and add_block(queries, sums, chosen, block_keys, values):
+            continue
         x = take(flat_queries, chosen, gathered)
         y, p = partial[: x.shape[0]], scores[: x.shape[0] * group]
         torch.mm(x.view(-1, dim + 1), block_keys.t(), out=p).exp_()

@@ -1,4 +1,4 @@
-"""Selection whose block scores come from C: the definition's choice at any size, packed and in pages."""
+"""Selection and sparse attention with whole blocks of keys in C: the definition at any size, packed and in pages."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from minim3 import kernels
 from minim3.kernels import native
-from minim3.kernels.native.selection import BlockMaxima
+from minim3.kernels.native import prompts
+from minim3.kernels.native.prompts import BlockMaxima
 from tests.test_kernels_paged import Cache
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
@@ -105,4 +106,63 @@ def test_no_other_op_is_native() -> None:
 def test_heads_that_do_not_fit_are_refused() -> None:
     """C would read past the end of the keys."""
     with pytest.raises(ValueError, match="index_q has heads of 24, index_k of 16"):
-        kernels.select_blocks(torch.randn(99, 2, 24), torch.randn(99, 16), [0, 99], [0, 99], block_size=16, topk_blocks=2)
+        kernels.select_blocks(
+            torch.randn(99, 2, 24), torch.randn(99, 16), [0, 99], [0, 99], block_size=16, topk_blocks=2
+        )
+
+
+# Sparse attention
+
+
+@PROPERTY
+@given(
+    st.lists(st.tuples(st.integers(1, 250), st.integers(0, 200)), min_size=1, max_size=3),
+    st.sampled_from([16, 32, 48]), st.sampled_from([16, 32, 48, 64, 80]), st.sampled_from([(2, 1), (2, 3), (1, 4)]),
+    st.integers(2, 4), st.integers(0, 99),
+)  # fmt: skip
+def test_attention_over_chosen_blocks_is_the_definition(
+    lengths: list[tuple[int, int]], block: int, dim: int, heads: tuple[int, int], topk: int, seed: int
+) -> None:
+    """Value and gradient; documents with a past, blocks and heads of every number of vectors, odd numbers of rows."""
+    generator = torch.Generator().manual_seed(seed)
+    kv_heads, group = heads
+    cu_q, cu_k = [0], [0]
+    for new, past in lengths:
+        cu_q.append(cu_q[-1] + new)
+        cu_k.append(cu_k[-1] + past + new)
+    q = torch.randn(cu_q[-1], kv_heads * group, dim, generator=generator)
+    k, v = (torch.randn(cu_k[-1], kv_heads, dim, generator=generator) for _ in range(2))
+    index_q = torch.randn(cu_q[-1], kv_heads, 8, generator=generator)
+    index_k = torch.randn(cu_k[-1], 8, generator=generator)
+    ids = kernels.select_blocks(index_q, index_k, cu_q, cu_k, block_size=block, topk_blocks=topk)
+    weight = torch.randn(q.shape, generator=generator)
+    found = {}
+    for implementation in ("native", "reference"):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, lse = kernels.block_sparse_attention(
+            *leaves, ids, cu_q, cu_k, block_size=block, implementation=implementation
+        )
+        (out * weight).sum().backward()
+        found[implementation] = out.detach(), lse.detach(), *(x.grad for x in leaves)
+    for got, want, bound in zip(found["native"], found["reference"], (1e-5, 1e-5, 1e-4, 1e-4, 1e-4), strict=True):
+        assert got is not None
+        assert want is not None
+        assert (got - want).abs().max() <= bound * want.abs().max().clamp(min=0.1)
+
+
+def test_sparse_attention_runs_in_c_and_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, add = [], prompts.add_block
+
+    def counting(*args: Any) -> bool:
+        calls.append(add(*args))
+        return calls[-1]
+
+    monkeypatch.setattr(prompts, "add_block", counting)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(500, 2, 16, generator=generator) for _ in range(3))
+    ids = kernels.select_blocks(q, k[:, 0], [0, 500], [0, 500], block_size=16, topk_blocks=3)
+    results = [kernels.block_sparse_attention(q, k, v, ids, [0, 500], [0, 500], block_size=16) for _ in range(2)]
+    assert calls
+    assert all(calls)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)

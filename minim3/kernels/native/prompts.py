@@ -1,0 +1,86 @@
+"""Selection and sparse attention of prompts, with what they do to whole blocks of keys in C (`blocks.c`).
+
+The rest is that of the portable kernels, and so is everything that has no form in C.
+"""
+
+from ctypes import c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from minim3.kernels import native
+from minim3.kernels.portable import attention, paged, select
+from minim3.kernels.portable.products import Rows
+
+
+class BlockMaxima:
+    """The keys of one sequence, fp32 `[S, D]`, laid out so that vectors run along the keys of a block."""
+
+    def __init__(self, keys: Tensor, block_size: int) -> None:
+        self.block_size, blocks = block_size, keys.shape[0] // block_size
+        whole = keys[: blocks * block_size].view(blocks, block_size, -1)
+        self.keys = whole.transpose(1, 2).contiguous()
+
+    @staticmethod
+    def takes(block_size: int) -> bool:
+        return _takes(block_size)
+
+    def into(self, rows: Tensor, blocks: int, scores: Tensor) -> None:
+        """scores `[R, B]`, its first `blocks` columns: the largest products of `rows` `[R, D]` with each block."""
+        rows = rows.contiguous()
+        if rows.shape[1] != self.keys.shape[1]:
+            raise ValueError(f"index_q has heads of {rows.shape[1]}, index_k of {self.keys.shape[1]}: they must agree")
+        assert scores.stride(1) == 1, scores.stride()
+        assert blocks <= self.keys.shape[0], (blocks, self.keys.shape)
+        native.library().minim3_block_maxima(
+            c_void_p(rows.data_ptr()), c_int64(rows.shape[0]), c_int64(rows.shape[1]), c_void_p(self.keys.data_ptr()),
+            c_int64(blocks), c_int64(self.block_size), c_void_p(scores.data_ptr()), c_int64(scores.stride(0)),
+        )  # fmt: skip
+
+
+def add_block(queries: Tensor, sums: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> bool:
+    """`products.AddBlock` for one block of keys `[block, E]` and values `[block, D]`."""
+    size, group, dim = keys.shape[0], queries.shape[1], values.shape[1]
+    if not _takes(size, dim) or queries.dtype != torch.float32 or keys.stride(1) != 1 or values.stride(1) != 1:
+        return False
+    assert queries.is_contiguous()
+    assert sums.is_contiguous()
+    assert keys.shape[1] == queries.shape[2] == dim + 1, (keys.shape, queries.shape, dim)
+    if isinstance(rows, slice):
+        listed, first, count = None, rows.start, rows.stop - rows.start
+    else:
+        listed, first, count = rows.data_ptr(), 0, rows.shape[0]
+        assert rows.is_contiguous()
+    native.library().minim3_add_block(
+        c_void_p(queries.data_ptr()), c_void_p(sums.data_ptr()), c_void_p(listed), c_int64(first), c_int64(count),
+        c_int64(group), c_int64(dim), c_void_p(keys.data_ptr()), c_int64(keys.stride(0)), c_void_p(values.data_ptr()),
+        c_int64(values.stride(0)), c_int64(size),
+    )  # fmt: skip
+    return True
+
+
+def _takes(*sizes: int) -> bool:
+    # A counter of operations, say, sees those of torch alone.
+    return all(size % native.lanes() == 0 for size in sizes) and _get_current_dispatch_mode() is None
+
+
+def select_blocks(*args: Any, **kwargs: Any) -> Tensor:
+    """See the reference."""
+    return select.select_blocks(*args, **kwargs, maxima=BlockMaxima)
+
+
+def select_blocks_paged(*args: Any, **kwargs: Any) -> Tensor:
+    """See the reference."""
+    return paged.select_blocks_paged(*args, **kwargs, maxima=BlockMaxima)
+
+
+def block_sparse_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """See the reference."""
+    return attention.block_sparse_attention(*args, **kwargs, add_block=add_block)
+
+
+def block_sparse_attention_paged(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """See the reference."""
+    return paged.block_sparse_attention_paged(*args, **kwargs, add_block=add_block)
