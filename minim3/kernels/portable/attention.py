@@ -37,8 +37,9 @@ def varlen_attention(
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *,
     q_offset: Lengths | None = None, block_size: int, scale: float | None = None,
+    add_block: products.AddBlock | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See the reference."""
+    """See the reference. `add_block` takes the place of products of torch in the forward pass where it has a form."""
     spans = sequence_spans(cu_seqlens_q, cu_seqlens_k, q_offset, num_queries=q.shape[0], num_keys=k.shape[0])
     current = (query_positions(spans, q.device) // block_size)[:, None]
     visible = (block_indices >= 0) & (block_indices <= current[:, None])
@@ -58,7 +59,8 @@ def block_sparse_attention(
                 Span(span.q_start + dense, span.num_queries - dense, span.k_start, span.num_keys, span.offset + dense)
             )
     short, rest = split_short(whole, causal=True)
-    work = Work(_buckets(short, q, k, True), (*rest, *pieces), tuple(sparse), True, block_size, _scale(q, scale))
+    buckets, scale = _buckets(short, q, k, True), _scale(q, scale)
+    work = Work(buckets, (*rest, *pieces), tuple(sparse), True, block_size, scale, add_block)
     return _run(q, k, v, block_indices if sparse else None, work)
 
 
@@ -71,6 +73,7 @@ class Work(NamedTuple):
     causal: bool
     block_size: int
     scale: float
+    add_block: products.AddBlock | None = None
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -190,7 +193,8 @@ def _sparse_forward(
         heads = slice(h * group, (h + 1) * group)
         q_h, out_h, lse_h = q[rows, heads], out[rows, heads], lse[rows, heads]
         if reference is not None:
-            products.forward(q_h, reference[:, heads], keys[h], v[:, h], choice, work.scale, out_h, lse_h)
+            seen_by = q_h, reference[:, heads], keys[h], v[:, h], choice
+            products.forward(*seen_by, work.scale, out_h, lse_h, work.add_block)
         else:
             merging.sparse_forward(q_h, k[:, h : h + 1], v[:, h : h + 1], choice, work.scale, out_h, lse_h)
 
