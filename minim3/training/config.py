@@ -181,7 +181,7 @@ class LossRecipe:
     z_weight: float = 0.0
     recall_every_steps: int = 100
     recall_queries: int = 64
-    logit_chunk_tokens: int = 2048
+    logit_chunk_tokens: int = 512
 
     def __post_init__(self) -> None:
         positive = ("mtp_every_steps", "indexer_kl_every_steps", "recall_queries", "logit_chunk_tokens")
