@@ -363,7 +363,8 @@ def test_the_choice_is_made_once_and_logged(caplog: pytest.LogCaptureFixture) ->
             case.ids()
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == len(set(lines)) == 2
-    assert lines[0].startswith("select_blocks on cpu in torch.float32 runs portable: ")
+    name = kernels.resolve(None, "select_blocks", "cpu", torch.float32)
+    assert lines[0].startswith(f"select_blocks on cpu in torch.float32 runs {name}: ")
     assert lines[1] == "block_sparse_attention on cpu in torch.float32 runs reference: requested"
     assert "no kernels for cuda" in kernels.choose(None, "select_blocks", "cuda", torch.bfloat16).reason
     with pytest.raises(ValueError, match="'triton' is not available"):

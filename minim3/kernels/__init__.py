@@ -144,7 +144,7 @@ def _function(
     if misfit is not None and (implementation == "triton" or (implementation is None and device_type == "cuda")):
         reason = misfit()
     name = _choose(implementation, op, device_type, tensor.dtype, reason).name
-    if isinstance(plan, DevicePlan) and name == "portable":
+    if isinstance(plan, DevicePlan) and name in ("native", "portable"):
         raise ValueError(f"a DevicePlan is for Triton kernels, but {op} on {device_type} runs {name}; pass a PagedPlan")
     function: Callable[..., Any] = getattr(_module(name), op)
     if name == "triton" and device_type == "cuda" and tensor.device.index != torch.cuda.current_device():

@@ -134,9 +134,10 @@ class NativeHead:
         self._model = model
         self._of: tuple[Any, Any] | None = None
         self._known, self._matrix = _Known(), native.Matrix()
+        if not isinstance(model, CausalLM) or type(model).compute_logits is not CausalLM.compute_logits:
+            return
         head = model.get_output_embeddings()
-        own = type(model).compute_logits is CausalLM.compute_logits
-        if not own or not is_plain(model.text_model.norm.weight) or not _runs(model.text_model.layers):
+        if not is_plain(model.text_model.norm.weight) or not _runs(model.text_model.layers):
             return
         try:
             with torch.inference_mode(False), torch.no_grad():

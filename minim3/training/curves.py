@@ -104,7 +104,8 @@ class _Scale:
     def __init__(self, low: float, high: float, first: float, last: float, logarithmic: bool = False) -> None:
         self.transform = math.log10 if logarithmic else float
         self.low, self.first = self.transform(low), first
-        self.slope = (last - first) / ((self.transform(high) - self.low) or 1.0)
+        self.span, self.pixels = (self.transform(high) - self.low) or 1.0, last - first
 
     def __call__(self, value: float) -> float:
-        return self.first + (self.transform(value) - self.low) * self.slope
+        # Divided first: pixels over a span near the smallest of numbers would be infinite.
+        return self.first + (self.transform(value) - self.low) / self.span * self.pixels
