@@ -151,17 +151,27 @@ def test_attention_over_chosen_blocks_is_the_definition(
 
 
 def test_sparse_attention_runs_in_c_and_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls, add = [], prompts.add_block
+    calls: list[bool] = []
 
-    def counting(*args: Any) -> bool:
-        calls.append(add(*args))
-        return calls[-1]
+    def counting(way: Any) -> Any:
+        def call(*args: Any) -> bool:
+            calls.append(way(*args))
+            return calls[-1]
 
-    monkeypatch.setattr(prompts, "add_block", counting)
+        return call
+
+    monkeypatch.setattr(prompts, "BLOCKS", prompts.BlockKernels(*map(counting, prompts.BLOCKS)))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(500, 2, 16, generator=generator) for _ in range(3))
     ids = kernels.select_blocks(q, k[:, 0], [0, 500], [0, 500], block_size=16, topk_blocks=3)
-    results = [kernels.block_sparse_attention(q, k, v, ids, [0, 500], [0, 500], block_size=16) for _ in range(2)]
+    results = []
+    for _ in range(2):
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        out, _ = kernels.block_sparse_attention(*leaves, ids, [0, 500], [0, 500], block_size=16)
+        forward = len(calls)
+        out.square().sum().backward()
+        assert len(calls) > forward
+        results.append([out.detach(), *(x.grad for x in leaves)])
     assert calls
     assert all(calls)
     for a, b in zip(*results, strict=True):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from minim3.kernels import native
 from minim3.kernels.portable import attention, paged, select
-from minim3.kernels.portable.products import Rows
+from minim3.kernels.portable.products import BlockKernels, Rows
 
 
 class BlockMaxima:
@@ -41,24 +41,49 @@ class BlockMaxima:
 
 
 def add_block(queries: Tensor, sums: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> bool:
-    """`products.AddBlock` for one block of keys `[block, E]` and values `[block, D]`."""
+    """`BlockKernels.add` for one block of keys `[block, E]` and values `[block, D]`."""
     size, group, dim = keys.shape[0], queries.shape[1], values.shape[1]
     if not _takes(size, dim) or queries.dtype != torch.float32 or keys.stride(1) != 1 or values.stride(1) != 1:
         return False
     assert queries.is_contiguous()
     assert sums.is_contiguous()
     assert keys.shape[1] == queries.shape[2] == dim + 1, (keys.shape, queries.shape, dim)
-    if isinstance(rows, slice):
-        listed, first, count = None, rows.start, rows.stop - rows.start
-    else:
-        listed, first, count = rows.data_ptr(), 0, rows.shape[0]
-        assert rows.is_contiguous()
     native.library().minim3_add_block(
-        c_void_p(queries.data_ptr()), c_void_p(sums.data_ptr()), c_void_p(listed), c_int64(first), c_int64(count),
-        c_int64(group), c_int64(dim), c_void_p(keys.data_ptr()), c_int64(keys.stride(0)), c_void_p(values.data_ptr()),
-        c_int64(values.stride(0)), c_int64(size),
+        c_void_p(queries.data_ptr()), c_void_p(sums.data_ptr()), *_listed(rows), c_int64(group), c_int64(dim),
+        c_void_p(keys.data_ptr()), c_int64(keys.stride(0)), c_void_p(values.data_ptr()), c_int64(values.stride(0)),
+        c_int64(size),
     )  # fmt: skip
     return True
+
+
+def add_gradient(
+    both: Tensor, sums: Tensor, rows: Rows, keys: Tensor, values: Tensor, grad_k: Tensor, grad_v: Tensor
+) -> bool:
+    """`BlockKernels.add_gradient`."""
+    size, group, dim = keys.shape[0], both.shape[1], grad_k.shape[1]
+    rows_lie = keys.stride() == values.stride() == (dim + 1, 1) and grad_k.stride() == grad_v.stride() == (dim, 1)
+    if not _takes(size, dim) or both.dtype != torch.float32 or not rows_lie:
+        return False
+    assert both.is_contiguous()
+    assert sums.is_contiguous()
+    assert both.shape[2:] == (2, dim + 1), (both.shape, dim)
+    native.library().minim3_add_block_gradient(
+        c_void_p(both.data_ptr()), c_void_p(sums.data_ptr()), *_listed(rows), c_int64(group), c_int64(dim),
+        c_void_p(keys.data_ptr()), c_void_p(values.data_ptr()), c_int64(dim + 1), c_void_p(grad_k.data_ptr()),
+        c_void_p(grad_v.data_ptr()), c_int64(dim), c_int64(size),
+    )  # fmt: skip
+    return True
+
+
+BLOCKS = BlockKernels(add_block, add_gradient)
+
+
+def _listed(rows: Rows) -> tuple[Any, ...]:
+    """int64 numbers of rows or null, the first, and how many there are."""
+    if isinstance(rows, slice):
+        return c_void_p(None), c_int64(rows.start), c_int64(rows.stop - rows.start)
+    assert rows.is_contiguous()
+    return c_void_p(rows.data_ptr()), c_int64(0), c_int64(rows.shape[0])
 
 
 def _takes(*sizes: int) -> bool:
@@ -78,9 +103,9 @@ def select_blocks_paged(*args: Any, **kwargs: Any) -> Tensor:
 
 def block_sparse_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """See the reference."""
-    return attention.block_sparse_attention(*args, **kwargs, add_block=add_block)
+    return attention.block_sparse_attention(*args, **kwargs, blocks=BLOCKS)
 
 
 def block_sparse_attention_paged(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """See the reference."""
-    return paged.block_sparse_attention_paged(*args, **kwargs, add_block=add_block)
+    return paged.block_sparse_attention_paged(*args, **kwargs, blocks=BLOCKS)

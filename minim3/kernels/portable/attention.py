@@ -37,9 +37,9 @@ def varlen_attention(
 def block_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *,
     q_offset: Lengths | None = None, block_size: int, scale: float | None = None,
-    add_block: products.AddBlock | None = None,
+    blocks: products.BlockKernels | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See the reference. `add_block` takes the place of products of torch in the forward pass where it has a form."""
+    """See the reference. `blocks` take the place of products of torch where they have a form."""
     spans = sequence_spans(cu_seqlens_q, cu_seqlens_k, q_offset, num_queries=q.shape[0], num_keys=k.shape[0])
     current = (query_positions(spans, q.device) // block_size)[:, None]
     visible = (block_indices >= 0) & (block_indices <= current[:, None])
@@ -60,7 +60,7 @@ def block_sparse_attention(
             )
     short, rest = split_short(whole, causal=True)
     buckets, scale = _buckets(short, q, k, True), _scale(q, scale)
-    work = Work(buckets, (*rest, *pieces), tuple(sparse), True, block_size, scale, add_block)
+    work = Work(buckets, (*rest, *pieces), tuple(sparse), True, block_size, scale, blocks)
     return _run(q, k, v, block_indices if sparse else None, work)
 
 
@@ -73,7 +73,7 @@ class Work(NamedTuple):
     causal: bool
     block_size: int
     scale: float
-    add_block: products.AddBlock | None = None
+    blocks: products.BlockKernels | None = None
 
 
 def _scale(q: Tensor, scale: float | None) -> float:
@@ -194,7 +194,7 @@ def _sparse_forward(
         q_h, out_h, lse_h = q[rows, heads], out[rows, heads], lse[rows, heads]
         if reference is not None:
             seen_by = q_h, reference[:, heads], keys[h], v[:, h], choice
-            products.forward(*seen_by, work.scale, out_h, lse_h, work.add_block)
+            products.forward(*seen_by, work.scale, out_h, lse_h, work.blocks)
         else:
             merging.sparse_forward(q_h, k[:, h : h + 1], v[:, h : h + 1], choice, work.scale, out_h, lse_h)
 
@@ -223,7 +223,7 @@ def _sparse_backward(
         heads = slice(h * group, (h + 1) * group)
         products.backward(
             grad_out[rows, heads], q[rows, heads], lse[rows, heads], delta[:, heads], keys[h], values[h], choice,
-            work.scale, grad_q[rows, heads], grad_keys[h], grad_values[h],
+            work.scale, grad_q[rows, heads], grad_keys[h], grad_values[h], work.blocks,
         )  # fmt: skip
 
     for tile in products.tiles(span):

@@ -14,7 +14,7 @@ from torch import Tensor
 from minim3.kernels.portable import attention, decode, select
 from minim3.kernels.portable.choice import Choice
 from minim3.kernels.portable.plan import CacheRows, PagedPlan, Part, Request
-from minim3.kernels.portable.products import AddBlock
+from minim3.kernels.portable.products import BlockKernels
 from minim3.kernels.sequences import Lengths, check_selection
 
 FEW_TOKENS = 8
@@ -160,9 +160,9 @@ def attend_all(
 def block_sparse_attention_paged(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, block_indices: Tensor,
     cu_seqlens_q: Lengths, *, block_size: int, scale: float | None = None, plan: PagedPlan | None = None,
-    add_block: AddBlock | None = None,
+    blocks: BlockKernels | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See the reference; `add_block` as in `attention.block_sparse_attention`."""
+    """See the reference; `blocks` as in `attention.block_sparse_attention`."""
     plan = _plan(plan, page_table, lengths_k, cu_seqlens_q, k_pages.shape[-2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries = decode.wide(q) * scale
@@ -197,7 +197,7 @@ def block_sparse_attention_paged(
         keys, values = _gather(k_pages, v_pages, cache, plan.rows(r, cache), r.length, queries.dtype)
         out[r.rows], lse[r.rows] = attention.block_sparse_attention(
             queries[r.rows], keys, values, block_indices[r.rows], [0, r.num_queries], [0, r.length],
-            block_size=block_size, scale=1.0, add_block=add_block,
+            block_size=block_size, scale=1.0, blocks=blocks,
         )  # fmt: skip
     return out.to(q.dtype), lse
 

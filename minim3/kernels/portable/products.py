@@ -107,14 +107,21 @@ def within_reach(q: Tensor, reference: Tensor, longest: Tensor, scale: float) ->
     return (bound - reference.view_as(bound) <= _REACH).transpose(0, 1).flatten(1).all(1).tolist()
 
 
-AddBlock = Callable[[Tensor, Tensor, Rows, Tensor, Tensor], bool]
-"""queries and sums `[R, G, E]`, the rows that chose a block, its keys `[block, E]` and values `[block, D]`: adds what
-the block gives these rows to their sums, or returns False."""
+class BlockKernels(NamedTuple):
+    """Another way to compute what a block and the rows that chose it give each other; False where it has no form.
+
+    add: from queries `[R, G, E]`, to sums of the same shape, for rows, with keys `[block, E]` and values `[block, D]`.
+    add_gradient: from queries beside gradients `[R, G, 2, E]`, to sums `[R, G, D]`, for rows, with keys and values
+    `[block, E]`, and to the gradients of these, `[block, D]`.
+    """
+
+    add: Callable[[Tensor, Tensor, Rows, Tensor, Tensor], bool]
+    add_gradient: Callable[[Tensor, Tensor, Rows, Tensor, Tensor, Tensor, Tensor], bool]
 
 
 def forward(
     q: Tensor, reference: Tensor, keys: Tensor, v: Tensor, choice: Choice, scale: float, out: Tensor, lse: Tensor,
-    add_block: AddBlock | None = None,
+    blocks: BlockKernels | None = None,
 ) -> None:  # fmt: skip
     """Fill `out` `[R, G, D]` and `lse` `[R, G]` from `q` `[R, G, D]`, extended keys `[S, E]` and values `[S, D]`."""
     rows, group, dim = q.shape
@@ -135,7 +142,7 @@ def forward(
     gathered, partial = room("gathered", 2 * most * width, q).view(2, most, width)
     scores = scores.view(-1, choice.block_size)
     for chosen, block_keys, values in chosen_parts(choice, group, keys, v):
-        if add_block is not None and add_block(queries, sums, chosen, block_keys, values):
+        if blocks is not None and blocks.add(queries, sums, chosen, block_keys, values):
             continue
         x = take(flat_queries, chosen, gathered)
         y, p = partial[: x.shape[0]], scores[: x.shape[0] * group]
@@ -150,7 +157,7 @@ def forward(
 
 def backward(
     grad_out: Tensor, q: Tensor, lse: Tensor, delta: Tensor, keys: Tensor, values: Tensor, choice: Choice,
-    scale: float, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
+    scale: float, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor, blocks: BlockKernels | None = None,
 ) -> None:  # fmt: skip
     """Write `grad_q` `[R, G, D]` and add to `grad_k`, `grad_v` `[S, D]`; `delta` `[R, G]`, the rest as in `forward`."""
     rows, group, dim = q.shape
@@ -185,6 +192,8 @@ def backward(
     gathered = room("gathered", most * flat_both.shape[1], q).view(most, -1)
     partial = room("partial", most * group * dim, q).view(most, -1)
     for chosen, *block in chosen_parts(choice, group, keys, values, grad_k, grad_v):
+        if blocks is not None and blocks.add_gradient(both, sums, chosen, *block):
+            continue
         if isinstance(chosen, slice):
             add(flat_both[chosen], None, flat_sums[chosen], False, *block)
             continue
