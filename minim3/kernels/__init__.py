@@ -88,13 +88,13 @@ def choose(implementation: str | None, op: str, device: torch.device | str, dtyp
 @cache
 def _choose(implementation: str | None, op: str, device_type: str, dtype: torch.dtype, misfit: str | None) -> Choice:
     """`misfit`: why a Triton kernel does not take the shapes at hand."""
-    known = ("native", "portable", "reference", "triton") if op == "decoder_step" else (*_MODULES, "native", "triton")
-    if implementation is not None and implementation not in known:
+    if implementation not in (None, *_MODULES, *_LATE):
         raise ValueError(
             f"implementation={implementation!r} is unknown for {op} on {device_type} in {dtype}; "
             f"available: {', '.join(implementations())} (or None to choose automatically)"
         )
-    if implementation in _MODULES or (implementation and op == "decoder_step" and implementation != "native"):
+    # A step that is not run in C is put together from the other ops, whatever runs these.
+    if implementation in _MODULES or (implementation == "triton" and op == "decoder_step"):
         choice = Choice(implementation, "requested")
     elif implementation == "native" or (implementation is None and device_type == "cpu"):
         why_not = availability.why_not_native(op, device_type, dtype)

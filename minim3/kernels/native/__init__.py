@@ -1,10 +1,10 @@
-"""Kernels in C for decoding on a CPU: a whole step of the decoder in one call.
+"""Kernels in C for the CPU: a whole step of decoding in one call, and blocks of keys of prompts (`prompts`).
 
 A step of few tokens is bound by reading weights; in eager PyTorch half of its time goes to launching operators instead,
 and an attention that reads chosen blocks where they lie cannot be put together from operators at all. `step.c` computes
-all layers in one parallel region. It is plain C with the vector extension of gcc and clang (intrinsics for two
-conversions), compiled where it runs (`build`); where that cannot be done, portable PyTorch runs instead, and
-`minim3 info` says so. The structures below mirror those of the C.
+all layers in one parallel region, `blocks.c` what prompts and their gradients do to a block. They are plain C with the
+vector extension of gcc and clang (intrinsics for two conversions), compiled where they run (`build`); where that cannot
+be done, portable PyTorch runs instead, and `minim3 info` says so. The structures below mirror those of the C.
 """
 
 import ctypes
@@ -24,6 +24,7 @@ MOST_OF_A_SEQUENCE = 128
 MOST_PAIRS = 1 << 20
 """New tokens times the keys of the longest sequence, where a sequence has more than a few."""
 MOST_TOPK = 4096
+"""Blocks that a query may choose: they are kept on the stack of C."""
 MOST_ROWS = 32
 """Query heads of a KV head, and index heads."""
 FP32, INT8, INT4 = range(3)
@@ -112,12 +113,10 @@ class Batch(Structure):
 _BYTES_OF_A_THREAD = 8 << 20
 """Weights that a step reads for each thread that takes part: stages of a smaller model are too short to share, and all
 wait in every one for a thread whose core is busy with something else."""
-
-
-_MOST_BYTES = 1 << 30
-"""Memory of a step."""
 _BYTES_OF_A_PRODUCT = 1 << 18
 """The same for one product alone, in which they wait once."""
+_MOST_BYTES = 1 << 30
+"""Memory of a step."""
 
 
 def _threads(num_bytes: int, each: int) -> int:

@@ -30,31 +30,16 @@ INLINE void store(float *x, vec value) { *(any_vec *)x = value; }
 INLINE vec all(float x) { return x - (vec){}; }
 
 /* LANES bytes, as integers. */
-INLINE ivec signed_bytes(const int8_t *x) {
 #if defined(__AVX512F__)
-    return (ivec)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)x));
+#define WIDEN(sign) (ivec)_mm512_cvtep##sign##8_epi32(_mm_loadu_si128((const __m128i *)x))
 #elif defined(__AVX2__)
-    return (ivec)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)x));
+#define WIDEN(sign) (ivec)_mm256_cvtep##sign##8_epi32(_mm_loadl_epi64((const __m128i *)x))
 #else
-    ivec found;
-    for (int i = 0; i < LANES; i++)
-        found[i] = x[i];
-    return found;
+#define WIDEN(sign) one_by_one(x)
+#define one_by_one(x) ({ ivec found; for (int i = 0; i < LANES; i++) found[i] = (x)[i]; found; })
 #endif
-}
-
-INLINE ivec unsigned_bytes(const uint8_t *x) {
-#if defined(__AVX512F__)
-    return (ivec)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)x));
-#elif defined(__AVX2__)
-    return (ivec)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)x));
-#else
-    ivec found;
-    for (int i = 0; i < LANES; i++)
-        found[i] = x[i];
-    return found;
-#endif
-}
+INLINE ivec signed_bytes(const int8_t *x) { return WIDEN(i); }
+INLINE ivec unsigned_bytes(const uint8_t *x) { return WIDEN(u); }
 
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
