@@ -10,6 +10,7 @@ be done, portable PyTorch runs instead, and `minim3 info` says so. The structure
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from functools import cache
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ def library() -> ctypes.CDLL:
     found = build.library()
     assert not isinstance(found, str), found
     return found
+
+
+@cache
+def tiles() -> bool:
+    """Whether products of prompts run on tiles of bf16 (AMX), in fp32 still (`tiles.h`)."""
+    return bool(library().minim3_use_tiles(1))
 
 
 class Matrix(Structure):

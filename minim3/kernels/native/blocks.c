@@ -1,5 +1,6 @@
 /* Prompts: selection and attention of many queries, a block of keys at a time. */
 #include "products.h"
+#include "tile_blocks.h"
 
 #define ROWS 6    /* queries computed together */
 #define VECTORS 4 /* of keys, or of a value */
@@ -42,6 +43,12 @@ INLINE void add(float *to, vec value) { store(to, load(to) + value); }
  * of LANES: vectors run along the keys, and the maximum is taken where the products are, in registers. */
 void minim3_block_maxima(const float *rows, int64_t count, int64_t dim, const float *keys, int64_t blocks, int64_t block,
                          float *out, int64_t ld) {
+#if HAVE_TILES
+    if (minim3_tiles && block % DEPTH == 0 && dim % LANES == 0) {
+        tile_block_maxima(rows, count, dim, keys, blocks, block, out, ld);
+        return;
+    }
+#endif
     for (int64_t b = 0; b < blocks; b++, keys += dim * block)
         for (int64_t first = 0; first < count; first += ROWS) {
             const int64_t rr = least(ROWS, count - first);
@@ -71,10 +78,18 @@ static void turn(const float *x, int64_t stride, int64_t block, int64_t size, fl
 /* Adds one block of keys and values to rows of queries: sums[row] += exp(query . keys) @ values, and in the last place
  * the sum of the weights alone. queries, sums: [rows, group, dim + 1], keys: [block, dim + 1], whose last channel is one
  * against minus the reference of the query. Rows: those listed, or `count` from `first` on. `block` and `dim` are
- * multiples of LANES. */
+ * multiples of LANES, but `block` may be any number on tiles; there a row also sees keys up to its number plus `shift`
+ * alone. */
 void minim3_add_block(const float *queries, float *sums, const int64_t *listed, int64_t first, int64_t count,
                       int64_t group, int64_t dim, const float *keys, int64_t key_stride, const float *values,
-                      int64_t value_stride, int64_t block) {
+                      int64_t value_stride, int64_t block, int64_t shift) {
+#if HAVE_TILES
+    if (minim3_tiles) {
+        const Rows rows = {listed, first, count, group, shift};
+        tile_add_block(queries, sums, rows, dim, keys, key_stride, values, value_stride, block);
+        return;
+    }
+#endif
     const int64_t size = dim + 1;
     float turned[size * block], weights[ROWS * block];
     turn(keys, key_stride, block, size, turned);
@@ -148,7 +163,14 @@ static void add_to_block(const float *weights, int64_t count, const float *const
  * keys, values: [block, dim + 1], with ones in the last channel. grad_k, grad_v: [block, dim]. */
 void minim3_add_block_gradient(const float *both, float *sums, const int64_t *listed, int64_t first, int64_t count,
                                int64_t group, int64_t dim, const float *keys, const float *values, int64_t stride,
-                               float *grad_k, float *grad_v, int64_t grad_stride, int64_t block) {
+                               float *grad_k, float *grad_v, int64_t grad_stride, int64_t block, int64_t shift) {
+#if HAVE_TILES
+    if (minim3_tiles) {
+        const Rows rows = {listed, first, count, group, shift};
+        tile_add_block_gradient(both, sums, rows, dim, keys, values, stride, grad_k, grad_v, grad_stride, block);
+        return;
+    }
+#endif
     const int64_t size = dim + 1;
     float turned_k[size * block], turned_v[size * block], weights[CHUNK * block], errors[CHUNK * block];
     const float *queries[CHUNK], *gradients[CHUNK];

@@ -40,10 +40,14 @@ class BlockMaxima:
         )  # fmt: skip
 
 
-def add_block(queries: Tensor, sums: Tensor, rows: Rows, keys: Tensor, values: Tensor) -> bool:
-    """`BlockKernels.add` for one block of keys `[block, E]` and values `[block, D]`."""
+def add_block(
+    queries: Tensor, sums: Tensor, rows: Rows, keys: Tensor, values: Tensor, shift: int | None = None
+) -> bool:
+    """`BlockKernels.add`."""
     size, group, dim = keys.shape[0], queries.shape[1], values.shape[1]
-    if not _takes(size, dim) or queries.dtype != torch.float32 or keys.stride(1) != 1 or values.stride(1) != 1:
+    if not _has_form(size, dim, shift) or queries.dtype != torch.float32:
+        return False
+    if keys.stride(1) != 1 or values.stride(1) != 1:
         return False
     assert queries.is_contiguous()
     assert sums.is_contiguous()
@@ -51,18 +55,19 @@ def add_block(queries: Tensor, sums: Tensor, rows: Rows, keys: Tensor, values: T
     native.library().minim3_add_block(
         c_void_p(queries.data_ptr()), c_void_p(sums.data_ptr()), *_listed(rows), c_int64(group), c_int64(dim),
         c_void_p(keys.data_ptr()), c_int64(keys.stride(0)), c_void_p(values.data_ptr()), c_int64(values.stride(0)),
-        c_int64(size),
+        c_int64(size), c_int64(size if shift is None else shift),
     )  # fmt: skip
     return True
 
 
 def add_gradient(
-    both: Tensor, sums: Tensor, rows: Rows, keys: Tensor, values: Tensor, grad_k: Tensor, grad_v: Tensor
-) -> bool:
+    both: Tensor, sums: Tensor, rows: Rows, keys: Tensor, values: Tensor, grad_k: Tensor, grad_v: Tensor,
+    shift: int | None = None,
+) -> bool:  # fmt: skip
     """`BlockKernels.add_gradient`."""
     size, group, dim = keys.shape[0], both.shape[1], grad_k.shape[1]
     rows_lie = keys.stride() == values.stride() == (dim + 1, 1) and grad_k.stride() == grad_v.stride() == (dim, 1)
-    if not _takes(size, dim) or both.dtype != torch.float32 or not rows_lie:
+    if not _has_form(size, dim, shift) or both.dtype != torch.float32 or not rows_lie:
         return False
     assert both.is_contiguous()
     assert sums.is_contiguous()
@@ -70,12 +75,23 @@ def add_gradient(
     native.library().minim3_add_block_gradient(
         c_void_p(both.data_ptr()), c_void_p(sums.data_ptr()), *_listed(rows), c_int64(group), c_int64(dim),
         c_void_p(keys.data_ptr()), c_void_p(values.data_ptr()), c_int64(dim + 1), c_void_p(grad_k.data_ptr()),
-        c_void_p(grad_v.data_ptr()), c_int64(dim), c_int64(size),
+        c_void_p(grad_v.data_ptr()), c_int64(dim), c_int64(size), c_int64(size if shift is None else shift),
     )  # fmt: skip
     return True
 
 
-BLOCKS = BlockKernels(add_block, add_gradient)
+def _any_keys(dim: int, dtype: torch.dtype) -> bool:
+    return dtype == torch.float32 and native.tiles() and _takes(dim)
+
+
+BLOCKS = BlockKernels(add_block, add_gradient, _any_keys)
+
+
+def _has_form(size: int, dim: int, shift: int | None) -> bool:
+    if native.tiles():
+        return _takes(dim)
+    assert shift is None, shift
+    return _takes(size, dim)
 
 
 def _listed(rows: Rows) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@
 #endif
 #include <math.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 
 #if defined(__AVX512F__)
@@ -94,6 +95,14 @@ INLINE float largest(vec x) {
     for (int i = 1; i < LANES; i++)
         found = lane[i] > found ? lane[i] : found;
     return found;
+}
+
+/* 0, 1, 2, ... */
+INLINE ivec lane_numbers(void) {
+    ivec lane;
+    for (int i = 0; i < LANES; i++)
+        lane[i] = i;
+    return lane;
 }
 
 INLINE vec either(ivec first, vec a, vec b) { return (vec)((first & (ivec)a) | (~first & (ivec)b)); }

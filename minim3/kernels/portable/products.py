@@ -113,10 +113,13 @@ class BlockKernels(NamedTuple):
     add: from queries `[R, G, E]`, to sums of the same shape, for rows, with keys `[block, E]` and values `[block, D]`.
     add_gradient: from queries beside gradients `[R, G, 2, E]`, to sums `[R, G, D]`, for rows, with keys and values
     `[block, E]`, and to the gradients of these, `[block, D]`.
+    any_keys: for dimension D and a dtype, whether both take any number of keys, and the rows' own block: with `shift`,
+    row r sees key r + shift of the block and those before it.
     """
 
-    add: Callable[[Tensor, Tensor, Rows, Tensor, Tensor], bool]
-    add_gradient: Callable[[Tensor, Tensor, Rows, Tensor, Tensor, Tensor, Tensor], bool]
+    add: Callable[..., bool]
+    add_gradient: Callable[..., bool]
+    any_keys: Callable[[int, torch.dtype], bool]
 
 
 def forward(
@@ -128,8 +131,24 @@ def forward(
     queries, sums = room("rows", 2 * rows * group * (dim + 1), q).view(2, rows, group, dim + 1)
     torch.mul(q, scale, out=queries[..., :dim])
     torch.neg(reference, out=queries[..., dim])
-    scores = score_buffer(q, choice)
-    for part, seen, hidden in own_parts(choice, rows, q.device):
+    if blocks is not None and blocks.any_keys(dim, q.dtype):
+        sums.zero_()
+        for chosen, seen, shift in all_parts(choice, rows):
+            done = blocks.add(queries, sums, chosen, keys[seen], v[seen], shift)
+            assert done, "a form for any keys"
+    else:
+        _forward_products(queries, sums, keys, v, choice, blocks)
+    torch.div(sums[..., :dim], sums[..., dim:], out=out)
+    torch.add(sums[..., dim].log_(), reference, out=lse)
+
+
+def _forward_products(
+    queries: Tensor, sums: Tensor, keys: Tensor, v: Tensor, choice: Choice, blocks: BlockKernels | None
+) -> None:
+    """Fill `sums`, of the shape of `queries` `[R, G, E]`, with weighted values and sums of weights."""
+    rows, group, dim = queries.shape[0], queries.shape[1], v.shape[1]
+    scores = score_buffer(queries, choice)
+    for part, seen, hidden in own_parts(choice, rows, queries.device):
         x, result = queries[part].view(-1, dim + 1), sums[part].view(-1, dim + 1)
         p = scores[: x.shape[0] * hidden.shape[-1]].view(x.shape[0], -1)
         torch.mm(x, keys[seen].t(), out=p).exp_()
@@ -139,7 +158,7 @@ def forward(
     width = group * (dim + 1)
     flat_queries, flat_sums = queries.view(rows, width), sums.view(rows, width)
     most = min(row_limit(group), rows)
-    gathered, partial = room("gathered", 2 * most * width, q).view(2, most, width)
+    gathered, partial = room("gathered", 2 * most * width, queries).view(2, most, width)
     scores = scores.view(-1, choice.block_size)
     for chosen, block_keys, values in chosen_parts(choice, group, keys, v):
         if blocks is not None and blocks.add(queries, sums, chosen, block_keys, values):
@@ -151,8 +170,6 @@ def forward(
         torch.mm(p, values, out=result[:, :dim])
         torch.sum(p, -1, out=result[:, dim])
         add_to(flat_sums, chosen, y)
-    torch.div(sums[..., :dim], sums[..., dim:], out=out)
-    torch.add(sums[..., dim].log_(), reference, out=lse)
 
 
 def backward(
@@ -168,7 +185,24 @@ def backward(
     both[:, :, 1, :dim] = grad_out
     torch.neg(delta, out=both[:, :, 1, dim])
     sums = room("sums", rows * group * dim, q).view(rows, group, dim)
-    scores, grad_scores = score_buffer(q, choice), score_buffer(q, choice, "gradients of scores")
+    if blocks is not None and blocks.any_keys(dim, q.dtype):
+        sums.zero_()
+        for chosen, seen, shift in all_parts(choice, rows):
+            own = keys[seen], values[seen], grad_k[seen], grad_v[seen]
+            done = blocks.add_gradient(both, sums, chosen, *own, shift)
+            assert done, "a form for any keys"
+    else:
+        _backward_products(both, sums, keys, values, choice, grad_k, grad_v, blocks)
+    torch.mul(sums, scale, out=grad_q)
+
+
+def _backward_products(
+    both: Tensor, sums: Tensor, keys: Tensor, values: Tensor, choice: Choice, grad_k: Tensor, grad_v: Tensor,
+    blocks: BlockKernels | None,
+) -> None:  # fmt: skip
+    """Fill `sums` `[R, G, D]`, add to the gradients by key; `both` `[R, G, 2, E]`: queries beside their gradients."""
+    rows, group, dim = sums.shape
+    scores, grad_scores = (score_buffer(both, choice, name) for name in ("scores", "gradients of scores"))
 
     def add(x: Tensor, hidden: Tensor | None, result: Tensor, first: bool, *by_key: Tensor) -> None:
         """Rows `[n, G, 2, E]` against some keys: add to the gradients of these, and (or write) those of the rows."""
@@ -185,12 +219,12 @@ def backward(
         # beta=0 overwrites: what was there is never read.
         result.view(-1, dim).addmm_(grad_p, some_keys[:, :dim], beta=0.0 if first else 1.0)
 
-    for part, seen, hidden in own_parts(choice, rows, q.device):
+    for part, seen, hidden in own_parts(choice, rows, both.device):
         add(both[part], hidden, sums[part], True, keys[seen], values[seen], grad_k[seen], grad_v[seen])
     flat_both, flat_sums = both.view(rows, -1), sums.view(rows, -1)
     most = min(row_limit(group), rows)
-    gathered = room("gathered", most * flat_both.shape[1], q).view(most, -1)
-    partial = room("partial", most * group * dim, q).view(most, -1)
+    gathered = room("gathered", most * flat_both.shape[1], both).view(most, -1)
+    partial = room("partial", most * group * dim, both).view(most, -1)
     for chosen, *block in chosen_parts(choice, group, keys, values, grad_k, grad_v):
         if blocks is not None and blocks.add_gradient(both, sums, chosen, *block):
             continue
@@ -201,7 +235,22 @@ def backward(
         y = partial[: x.shape[0]]
         add(x, None, y, True, *block)
         flat_sums.index_add_(0, chosen, y)  # rows are distinct within a block, so their sums have one order
-    torch.mul(sums, scale, out=grad_q)
+
+
+def all_parts(choice: Choice, rows: int) -> Iterator[tuple[Rows, slice, int | None]]:
+    """(rows, keys they attend, shift: of `BlockKernels`, where the keys are those of their own block)."""
+    row, size = 0, choice.block_size
+    while row < rows:
+        start = (choice.offset + row) // size * size
+        stop = min(rows, start + size - choice.offset)
+        part: Rows = slice(row, stop)
+        if choice.without_own is not None:
+            part = (~choice.without_own[row:stop]).nonzero().flatten() + row
+        yield part, slice(start, choice.offset + stop), choice.offset - start
+        row = stop
+    for block, chosen in enumerate(choice.rows_by_block):
+        if isinstance(chosen, slice) or chosen.shape[0]:
+            yield chosen, slice(block * size, (block + 1) * size), None
 
 
 def own_parts(choice: Choice, rows: int, device: torch.device) -> Iterator[tuple[slice, slice, Tensor]]:

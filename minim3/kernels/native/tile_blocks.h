@@ -1,0 +1,278 @@
+/* What `blocks.c` does, on tiles. Items are query heads of the rows: 32 at a time, the last one again past the end.
+ * Keys, dimensions and items are filled up with zeros to whole steps of tiles. */
+#pragma once
+
+#include "products.h"
+#include "tiles.h"
+
+#if HAVE_TILES
+#define ITEMS 32  /* of a product */
+#define MANY 64   /* items whose gradients go to the keys together */
+
+typedef struct {
+    const int64_t *listed;
+    int64_t first, count, group, shift; /* row `place` sees keys up to `place + shift` */
+} Rows;
+
+INLINE int64_t place_of(const Rows *rows, int64_t item) {
+    return rows->listed ? rows->listed[item / rows->group] : rows->first + item / rows->group;
+}
+
+INLINE int64_t filled(int64_t size) { return ceil_div(size, DEPTH) * DEPTH; }
+
+/* Rows of x `stride` apart from row `at` on, null past `rows`. */
+INLINE void sixteen(const float **row, const float *x, int64_t stride, int64_t at, int64_t rows) {
+    for (int64_t r = 0; r < SIDE; r++)
+        row[r] = at + r < rows ? x + (at + r) * stride : 0;
+}
+
+/* Panels of A, 16 rows each; or of B, 16 columns each, which are these rows. */
+static void panels(int turned, const float *x, int64_t stride, int64_t rows, int64_t columns, bf16 *to) {
+    for (int64_t at = 0; at < filled(rows); at += SIDE, to += filled(columns) / DEPTH * STEP) {
+        const float *row[SIDE];
+        sixteen(row, x, stride, at, rows);
+        turned ? pack_turned(row, columns, to) : pack_rows(row, columns, to);
+    }
+}
+
+/* Panels of B, 16 columns of x each. */
+static void panels_of_columns(const float *const *rows, int64_t count, int64_t columns, bf16 *to) {
+    const int64_t steps = filled(count) / DEPTH, size = filled(columns);
+    for (int64_t k = 0; k < filled(count); k += 2)
+        for (int64_t d = 0; d < size; d += LANES) {
+            const vec a = k < count ? load_within(rows[k], d, columns) : (vec){};
+            const vec b = k + 1 < count ? load_within(rows[k + 1], d, columns) : (vec){};
+            pack_pair(a, b, k % DEPTH / 2, to + (d / SIDE * steps + k / DEPTH) * STEP);
+        }
+}
+
+static void tile_block_maxima(const float *rows, int64_t count, int64_t dim, const float *keys, int64_t blocks,
+                              int64_t block, float *out, int64_t ld) {
+    const int64_t steps = filled(dim) / DEPTH, size = steps * STEP, parts = ceil_div(count, ITEMS);
+    bf16 *queries = aligned_alloc(64, 2 * (parts * 2 + block / SIDE + 1) * size), *by = queries + parts * 2 * size;
+    float scores[ITEMS * ITEMS] __attribute__((aligned(64)));
+    panels(0, rows, dim, count, dim, queries);
+    configure_tiles();
+    for (int64_t b = 0; b < blocks; b++, keys += dim * block) {
+        const float *line[dim];
+        for (int64_t d = 0; d < dim; d++)
+            line[d] = keys + d * block;
+        panels_of_columns(line, dim, block, by);
+        for (int64_t first = 0; first < count; first += ITEMS) {
+            vec best[ITEMS];
+            for (int r = 0; r < ITEMS; r++)
+                best[r] = all(-INFINITY);
+            for (int64_t k = 0; k < block; k += ITEMS) {
+                zero_tiles();
+                multiply_panels(queries + first / SIDE * size, size, by + k / SIDE * size, size, steps);
+                store_tiles(scores, ITEMS);
+                for (int r = 0; r < ITEMS; r++)
+                    best[r] = maximum(best[r], maximum(load(scores + r * ITEMS), load(scores + r * ITEMS + LANES)));
+            }
+            for (int half = 0; half < least(2, ceil_div(count - first, SIDE)); half++) {
+                float most[SIDE] __attribute__((aligned(64)));
+                turn_lanes((__m512i *)best + half * SIDE);
+                vec found = best[half * SIDE];
+                for (int i = 1; i < SIDE; i++)
+                    found = maximum(found, best[half * SIDE + i]);
+                store(most, found);
+                for (int64_t r = 0; r < least(SIDE, count - first - half * SIDE); r++)
+                    out[(first + half * SIDE + r) * ld + b] = most[r];
+            }
+        }
+    }
+    _tile_release();
+    free(queries);
+}
+
+static void tile_add_block(const float *queries, float *sums, Rows rows, int64_t dim, const float *keys,
+                           int64_t key_stride, const float *values, int64_t value_stride, int64_t block) {
+    const int64_t size = dim + 1, items = rows.count * rows.group, width = filled(block);
+    const int64_t steps = filled(dim) / DEPTH, key_steps = width / DEPTH;
+    bf16 by_key[width / SIDE * steps * STEP] __attribute__((aligned(64)));
+    bf16 by_value[filled(dim) / SIDE * key_steps * STEP] __attribute__((aligned(64)));
+    bf16 query[2 * steps * STEP] __attribute__((aligned(64))), weights[2 * key_steps * STEP] __attribute__((aligned(64)));
+    float scores[ITEMS * width] __attribute__((aligned(64)));
+    const float *value[block];
+    for (int64_t k = 0; k < block; k++)
+        value[k] = values + k * value_stride;
+    panels(1, keys, key_stride, block, dim, by_key);
+    panels_of_columns(value, block, dim, by_value);
+    configure_tiles();
+    for (int64_t item = 0; item < items; item += ITEMS) {
+        const float *row[ITEMS];
+        float *to[ITEMS];
+        int64_t seen[ITEMS], most_seen = 0;
+        const int64_t rr = least(ITEMS, items - item);
+        for (int64_t r = 0; r < ITEMS; r++) {
+            const int64_t at = item + least(r, rr - 1), place = place_of(&rows, at);
+            row[r] = queries + (place * rows.group + at % rows.group) * size, to[r] = sums + (row[r] - queries);
+            seen[r] = least(place + rows.shift + 1, block), most_seen = most(most_seen, seen[r]);
+        }
+        const int64_t used = filled(most_seen);
+        pack_rows(row, dim, query), pack_rows(row + SIDE, dim, query + steps * STEP);
+        for (int64_t k = 0; k < used; k += ITEMS) {
+            zero_tiles();
+            multiply_panels(query, steps * STEP, by_key + k / SIDE * steps * STEP, steps * STEP, steps);
+            store_tiles(scores + k, width);
+        }
+        for (int64_t r = 0; r < ITEMS; r++) {
+            const vec reference = all(row[r][dim]);
+            vec total = {};
+            bf16 *line = weights + r / SIDE * key_steps * STEP;
+            for (int64_t k = 0; k < used; k += DEPTH, line += STEP) {
+                vec share[2];
+                for (int half = 0; half < 2; half++) {
+                    const int64_t at = k + half * LANES;
+                    share[half] = exponential(load(scores + r * width + at) + reference);
+                    if (at + LANES > seen[r])
+                        share[half] = either(lane_numbers() < (int32_t)(seen[r] - at), share[half], (vec){});
+                    total += share[half];
+                }
+                pack_line(share[0], share[1], r % SIDE, line);
+            }
+            if (r < rr)
+                to[r][dim] += sum(total);
+        }
+        for (int64_t d = 0; d < dim; d += ITEMS) {
+            float found[ITEMS * ITEMS] __attribute__((aligned(64)));
+            zero_tiles();
+            multiply_panels(weights, key_steps * STEP, by_value + d / SIDE * key_steps * STEP, key_steps * STEP,
+                            used / DEPTH);
+            store_tiles(found, ITEMS);
+            for (int64_t r = 0; r < rr; r++)
+                for (int64_t i = 0; i < least(ITEMS, dim - d); i += LANES)
+                    store(to[r] + d + i, load(to[r] + d + i) + load(found + r * ITEMS + i));
+        }
+    }
+    _tile_release();
+}
+
+static void tile_add_block_gradient(const float *both, float *sums, Rows rows, int64_t dim, const float *keys,
+                                    const float *values, int64_t stride, float *grad_k, float *grad_v,
+                                    int64_t grad_stride, int64_t block) {
+    const int64_t size = dim + 1, items = rows.count * rows.group, width = filled(block), wide = filled(dim);
+    const int64_t steps = wide / DEPTH, key_steps = width / DEPTH, item_steps = MANY / DEPTH;
+    const int64_t by_dim = steps * STEP, by_block = key_steps * STEP, by_item = item_steps * STEP;
+    /* A: keys and values by dimension, keys turned by key, weights and errors by item. B: queries and their gradients
+     * by dimension and by item, errors by key. */
+    const int64_t sizes[] = {width / SIDE * by_dim, width / SIDE * by_dim, wide / SIDE * by_block,
+                             width / SIDE * by_item, width / SIDE * by_item, MANY / SIDE * by_dim, MANY / SIDE * by_dim,
+                             wide / SIDE * by_item, wide / SIDE * by_item, MANY / SIDE * by_block};
+    int64_t all_sizes = 0;
+    for (int i = 0; i < 10; i++)
+        all_sizes += sizes[i];
+    bf16 *memory = aligned_alloc(64, 2 * all_sizes + 8 * width * wide), *panel[10];
+    float *to_keys = (float *)(memory + all_sizes), *to_values = to_keys + width * wide;
+    panel[0] = memory;
+    for (int i = 1; i < 10; i++)
+        panel[i] = panel[i - 1] + sizes[i - 1];
+    memset(to_keys, 0, 8 * width * wide);
+    float turned[wide * block];
+    memset(turned, 0, sizeof turned);
+    for (int64_t k = 0; k < block; k++)
+        for (int64_t d = 0; d < dim; d++)
+            turned[d * block + k] = keys[k * stride + d];
+    panels(0, keys, stride, block, dim, panel[0]);
+    panels(0, values, stride, block, dim, panel[1]);
+    for (int64_t d = 0; d < wide; d += SIDE)
+        for (int64_t k = 0; k < width; k += DEPTH)
+            for (int64_t i = 0; i < SIDE; i++) {
+                vec line[2] = {};
+                memcpy(line, turned + (d + i) * block + k, 4 * least(DEPTH, block - k));
+                pack_line(line[0], line[1], i, panel[2] + d / SIDE * by_block + k / DEPTH * STEP);
+            }
+    configure_tiles();
+    for (int64_t item = 0; item < items; item += MANY) {
+        const int64_t rr = least(MANY, items - item);
+        const float *query[MANY], *gradient[MANY];
+        float *to[MANY], lse[MANY], delta[MANY];
+        int32_t seen[MANY];
+        int64_t most_seen = 0, least_seen = block;
+        for (int64_t r = 0; r < MANY; r++) {
+            const int64_t at = item + least(r, rr - 1), place = place_of(&rows, at);
+            const int64_t row = place * rows.group + at % rows.group;
+            query[r] = both + row * 2 * size, gradient[r] = query[r] + size, to[r] = sums + row * dim;
+            lse[r] = query[r][dim], delta[r] = gradient[r][dim];
+            seen[r] = r < rr ? (int32_t)least(place + rows.shift + 1, block) : 0;
+            most_seen = most(most_seen, seen[r]), least_seen = least(least_seen, seen[r]);
+        }
+        const int64_t used = filled(most_seen);
+        for (int64_t r = 0; r < MANY; r += SIDE) {
+            pack_turned(query + r, dim, panel[5] + r / SIDE * by_dim);
+            pack_turned(gradient + r, dim, panel[6] + r / SIDE * by_dim);
+        }
+        panels_of_columns(query, MANY, dim, panel[7]);
+        panels_of_columns(gradient, MANY, dim, panel[8]);
+        for (int64_t k = 0; k < used; k += ITEMS)
+            for (int64_t r = 0; r < MANY; r += ITEMS) {
+                float scores[ITEMS * ITEMS] __attribute__((aligned(64))), grads[ITEMS * ITEMS] __attribute__((aligned(64)));
+                zero_tiles();
+                multiply_panels(panel[0] + k / SIDE * by_dim, by_dim, panel[5] + r / SIDE * by_dim, by_dim, steps);
+                store_tiles(scores, ITEMS);
+                zero_tiles();
+                multiply_panels(panel[1] + k / SIDE * by_dim, by_dim, panel[6] + r / SIDE * by_dim, by_dim, steps);
+                store_tiles(grads, ITEMS);
+                for (int64_t i = 0; i < ITEMS; i += 2) {
+                    vec weight[2][2], error[2][2];
+                    for (int next = 0; next < 2; next++)
+                        for (int half = 0; half < 2; half++) {
+                            const int64_t at = (i + next) * ITEMS + half * LANES, from = r + half * LANES;
+                            vec share = exponential(load(scores + at) + load(lse + from));
+                            if (k + i + next >= least_seen) {
+                                ivec visible;
+                                memcpy(&visible, seen + from, sizeof visible);
+                                share = either(visible > (int32_t)(k + i + next), share, (vec){});
+                            }
+                            weight[next][half] = share;
+                            error[next][half] = share * (load(grads + at) + load(delta + from));
+                        }
+                    const int64_t line = (k + i) / SIDE * by_item + r / DEPTH * STEP;
+                    for (int next = 0; next < 2; next++) {
+                        pack_line(weight[next][0], weight[next][1], (i + next) % SIDE, panel[3] + line);
+                        pack_line(error[next][0], error[next][1], (i + next) % SIDE, panel[4] + line);
+                    }
+                    for (int half = 0; half < 2; half++)
+                        pack_pair(error[0][half], error[1][half], i / 2,
+                                  panel[9] + (r / SIDE + half) * by_block + k / DEPTH * STEP);
+                }
+            }
+        for (int64_t k = 0; k < used; k += ITEMS)
+            for (int64_t d = 0; d < wide; d += ITEMS) {
+                float *grad = to_values + k * wide + d;
+                load_tiles(grad, wide);
+                multiply_panels(panel[3] + k / SIDE * by_item, by_item, panel[8] + d / SIDE * by_item, by_item, item_steps);
+                store_tiles(grad, wide);
+                grad = to_keys + k * wide + d;
+                load_tiles(grad, wide);
+                multiply_panels(panel[4] + k / SIDE * by_item, by_item, panel[7] + d / SIDE * by_item, by_item, item_steps);
+                store_tiles(grad, wide);
+            }
+        for (int64_t r = 0; r < rr; r += ITEMS)
+            for (int64_t d = 0; d < dim; d += ITEMS) {
+                float found[ITEMS * ITEMS] __attribute__((aligned(64)));
+                zero_tiles();
+                multiply_panels(panel[2] + d / SIDE * by_block, by_block, panel[9] + r / SIDE * by_block, by_block, used / DEPTH);
+                store_tiles(found, ITEMS);
+                for (int64_t i = 0; i < least(ITEMS, dim - d); i += SIDE)
+                    for (int half = 0; half < 2; half++) {
+                        __m512i lane[SIDE];
+                        for (int j = 0; j < SIDE; j++)
+                            lane[j] = (__m512i)load(found + (i + j) * ITEMS + half * SIDE);
+                        turn_lanes(lane);
+                        for (int64_t j = 0; j < least(SIDE, rr - r - half * SIDE); j++) {
+                            float *grad = to[r + half * SIDE + j] + d + i;
+                            store(grad, load(grad) + (vec)lane[j]);
+                        }
+                    }
+            }
+    }
+    _tile_release();
+    for (int64_t k = 0; k < block; k++)
+        for (int64_t d = 0; d < dim; d += LANES) {
+            store(grad_k + k * grad_stride + d, load(grad_k + k * grad_stride + d) + load(to_keys + k * wide + d));
+            store(grad_v + k * grad_stride + d, load(grad_v + k * grad_stride + d) + load(to_values + k * wide + d));
+        }
+    free(memory);
+}
+#endif
