@@ -1,5 +1,6 @@
 """Selection and sparse attention with whole blocks of keys in C: the definition at any size, packed and in pages."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,19 @@ from tests.test_kernels_paged import Cache
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+@pytest.fixture(params=["tiles", "vectors"], autouse=True, scope="module")
+def products(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What multiplies: the tiles of the processor, where it has some, or vectors."""
+    had = native.tiles()
+    if request.param == "tiles" and not had:
+        pytest.skip("this processor has no tiles (AMX)")
+    native.use_tiles(request.param == "tiles")
+    kernels._choose.cache_clear()
+    yield request.param
+    native.use_tiles(had)
+    kernels._choose.cache_clear()
 
 
 @pytest.fixture
@@ -95,10 +109,18 @@ def test_prompts_in_pages(counted: list[int]) -> None:
     assert counted
 
 
-def test_no_other_op_is_native() -> None:
+def test_what_is_native_is_said(products: str) -> None:
     q = torch.randn(4, 2, 16)
-    with pytest.raises(ValueError, match=r"'native' is not available for varlen_attention on cpu.*no kernel in C"):
-        kernels.varlen_attention(q, q, q, [0, 4], [0, 4], implementation="native")
+    reason = kernels.choose(None, "select_blocks", "cpu", torch.float32).reason
+    assert reason == "in C, compiled for this processor" + (", whose tiles (AMX) multiply" * (products == "tiles"))
+    if products == "vectors":
+        with pytest.raises(ValueError, match=r"'native' is not available for varlen_attention on cpu.*no tiles"):
+            kernels.varlen_attention(q, q, q, [0, 4], [0, 4], implementation="native")
+    with pytest.raises(ValueError, match=r"'native' is not available for grouped_experts on cpu.*no kernel in C"):
+        kernels.grouped_experts(
+            q[:, 0], torch.randn(2, 8, 16), torch.randn(2, 16, 4), torch.zeros(4, 1).long(), torch.ones(4, 1),
+            alpha=1.7, limit=7.0, implementation="native",
+        )  # fmt: skip
     with pytest.raises(ValueError, match="'fast' is unknown for select_blocks"):
         kernels.select_blocks(q, q[:, 0], [0, 4], [0, 4], block_size=16, topk_blocks=2, implementation="fast")
 
@@ -117,13 +139,14 @@ def test_heads_that_do_not_fit_are_refused() -> None:
 @PROPERTY
 @given(
     st.lists(st.tuples(st.integers(1, 250), st.integers(0, 200)), min_size=1, max_size=3),
-    st.sampled_from([16, 32, 48]), st.sampled_from([16, 32, 48, 64, 80]), st.sampled_from([(2, 1), (2, 3), (1, 4)]),
-    st.integers(2, 4), st.integers(0, 99),
+    st.sampled_from([16, 20, 32, 48]), st.sampled_from([16, 32, 48, 64, 80]), st.sampled_from([(2, 1), (2, 3), (1, 4)]),
+    st.integers(2, 4), st.booleans(), st.integers(0, 99),
 )  # fmt: skip
 def test_attention_over_chosen_blocks_is_the_definition(
-    lengths: list[tuple[int, int]], block: int, dim: int, heads: tuple[int, int], topk: int, seed: int
+    lengths: list[tuple[int, int]], block: int, dim: int, heads: tuple[int, int], topk: int, own: bool, seed: int
 ) -> None:
-    """Value and gradient; documents with a past, blocks and heads of every number of vectors, odd numbers of rows."""
+    """Value and gradient; documents with a past, blocks and heads of every number of vectors, odd numbers of rows,
+    rows that did not choose their own block."""
     generator = torch.Generator().manual_seed(seed)
     kv_heads, group = heads
     cu_q, cu_k = [0], [0]
@@ -134,7 +157,9 @@ def test_attention_over_chosen_blocks_is_the_definition(
     k, v = (torch.randn(cu_k[-1], kv_heads, dim, generator=generator) for _ in range(2))
     index_q = torch.randn(cu_q[-1], kv_heads, 8, generator=generator)
     index_k = torch.randn(cu_k[-1], 8, generator=generator)
-    ids = kernels.select_blocks(index_q, index_k, cu_q, cu_k, block_size=block, topk_blocks=topk)
+    ids = kernels.select_blocks(
+        index_q, index_k, cu_q, cu_k, block_size=block, topk_blocks=topk, local_blocks=int(own), init_blocks=1
+    )
     weight = torch.randn(q.shape, generator=generator)
     found = {}
     for implementation in ("native", "reference"):
@@ -160,7 +185,8 @@ def test_sparse_attention_runs_in_c_and_the_same_each_time(monkeypatch: pytest.M
 
         return call
 
-    monkeypatch.setattr(prompts, "BLOCKS", prompts.BlockKernels(*map(counting, prompts.BLOCKS)))
+    ways = {name: counting(getattr(prompts.BLOCKS, name)) for name in ("add", "add_gradient")}
+    monkeypatch.setattr(prompts, "BLOCKS", prompts.BLOCKS._replace(**ways))
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(500, 2, 16, generator=generator) for _ in range(3))
     ids = kernels.select_blocks(q, k[:, 0], [0, 500], [0, 500], block_size=16, topk_blocks=3)
@@ -176,3 +202,55 @@ def test_sparse_attention_runs_in_c_and_the_same_each_time(monkeypatch: pytest.M
     assert all(calls)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@PROPERTY
+@given(
+    st.lists(st.tuples(st.integers(1, 700), st.integers(0, 300)), min_size=1, max_size=2),
+    st.sampled_from([16, 64, 96]), st.sampled_from([(1, 1), (2, 3)]), st.floats(0.1, 8.0), st.integers(0, 99),
+)  # fmt: skip
+def test_dense_attention_is_the_definition(
+    lengths: list[tuple[int, int]], dim: int, heads: tuple[int, int], size: float, seed: int
+) -> None:
+    """Value and gradient of dense layers; large scores leave the reach of products and are merged instead."""
+    generator = torch.Generator().manual_seed(seed)
+    kv_heads, group = heads
+    cu_q, cu_k = [0], [0]
+    for new, past in lengths:
+        cu_q.append(cu_q[-1] + new)
+        cu_k.append(cu_k[-1] + past + new)
+    q = torch.randn(cu_q[-1], kv_heads * group, dim, generator=generator) * size
+    k, v = (torch.randn(cu_k[-1], kv_heads, dim, generator=generator) for _ in range(2))
+    weight = torch.randn(q.shape, generator=generator)
+    found = {}
+    for implementation in (None, "reference"):
+        leaves = [x.double() if implementation else x.clone() for x in (q, k, v)]
+        leaves = [x.requires_grad_() for x in leaves]
+        out, lse = kernels.varlen_attention(*leaves, cu_q, cu_k, implementation=implementation)
+        (out * weight).sum().backward()
+        found[implementation] = out.detach(), lse.detach(), *(x.grad for x in leaves)
+    for got, want, bound in zip(found[None], found["reference"], (1e-5, 1e-5, 1e-4, 1e-4, 1e-4), strict=True):
+        assert got is not None
+        assert want is not None
+        assert (got - want).abs().max() <= bound * want.abs().max().clamp(min=0.1)
+
+
+def test_products_on_tiles_are_those_of_fp32(products: str) -> None:
+    """Parts of bf16 that are left out would show: two parts of three are off by 2^-17."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(64, 1, 128, generator=generator), torch.randn(512, 128, generator=generator)
+    maxima, scores = BlockMaxima(k, 32), torch.empty(64, 16)
+    maxima.into(q[:, 0], 16, scores)
+    want = (q[:, 0].double() @ k.double().t()).view(64, 16, 32).amax(-1)
+    assert (scores - want).abs().max() < 4e-5  # of sums of 128 products of about 1
+
+
+def test_nan_shows(products: str) -> None:
+    """In a score and in what is attended, not elsewhere."""
+    q, k, v = (torch.randn(300, 2, 32) for _ in range(3))
+    v[250, 1] = float("nan")
+    ids = kernels.select_blocks(q, k[:, 0], [0, 300], [0, 300], block_size=32, topk_blocks=3, local_blocks=1)
+    out, _ = kernels.block_sparse_attention(q, k, v, ids, [0, 300], [0, 300], block_size=32)
+    assert not out[:224].isnan().any()  # before its block
+    assert not out[:, 0].isnan().any()
+    assert out[250:256, 1].isnan().all()

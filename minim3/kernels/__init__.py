@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from minim3.kernels import availability, portable, reference
+from minim3.kernels import availability, native, portable, reference
 from minim3.kernels.device_plan import DevicePlan
 from minim3.kernels.portable.plan import PagedPlan
 from minim3.kernels.sequences import Lengths
@@ -99,7 +99,9 @@ def _choose(implementation: str | None, op: str, device_type: str, dtype: torch.
     elif implementation == "native" or (implementation is None and device_type == "cpu"):
         why_not = availability.why_not_native(op, device_type, dtype)
         if why_not is None:
-            choice = Choice("native", "requested" if implementation else "in C, compiled for this processor")
+            on_tiles = ", whose tiles (AMX) multiply" if op in availability.NATIVE_OPS and native.tiles() else ""
+            reason = f"in C, compiled for this processor{on_tiles}"
+            choice = Choice("native", "requested" if implementation else reason)
         elif implementation is None:
             reason = "plain PyTorch with its fused CPU operators"
             if op in availability.NATIVE_OPS or op == "decoder_step":

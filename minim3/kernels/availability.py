@@ -25,7 +25,12 @@ TRITON_OPS = (
 )  # fmt: skip
 """Ops that have Triton kernels."""
 
-NATIVE_OPS = ("block_sparse_attention", "block_sparse_attention_paged", "select_blocks", "select_blocks_paged")
+_TILED_OPS = ("paged_attention", "varlen_attention")
+"""Ops whose kernels in C need a processor that multiplies tiles."""
+
+NATIVE_OPS = (
+    "block_sparse_attention", "block_sparse_attention_paged", "select_blocks", "select_blocks_paged", *_TILED_OPS
+)  # fmt: skip
 """Ops that have kernels in C, besides whole steps of decoding."""
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,7 +67,12 @@ def why_not_native(op: str, device_type: str, dtype: torch.dtype) -> str | None:
         return "there is no kernel in C for it"
     if device_type != "cpu":
         return "kernels in C run on the CPU"
-    return native.why_not() if dtype == torch.float32 else "kernels in C take fp32"
+    if dtype != torch.float32:
+        return "kernels in C take fp32"
+    reason = native.why_not()
+    if reason is None and op in _TILED_OPS and not native.tiles():
+        return "this processor has no tiles (AMX)"
+    return reason
 
 
 @cache

@@ -10,7 +10,6 @@ be done, portable PyTorch runs instead, and `minim3 info` says so. The structure
 import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
-from functools import cache
 from typing import Any
 
 import torch
@@ -54,10 +53,18 @@ def library() -> ctypes.CDLL:
     return found
 
 
-@cache
 def tiles() -> bool:
     """Whether products of prompts run on tiles of bf16 (AMX), in fp32 still (`tiles.h`)."""
-    return bool(library().minim3_use_tiles(1))
+    return _TILES[0] if _TILES else use_tiles(True)
+
+
+def use_tiles(wanted: bool) -> bool:
+    """Have them run there or not; False where the processor, the compiler or the system has no tiles."""
+    _TILES[:] = [bool(library().minim3_use_tiles(int(wanted)))]
+    return _TILES[0]
+
+
+_TILES: list[bool] = []
 
 
 class Matrix(Structure):

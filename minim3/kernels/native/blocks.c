@@ -1,4 +1,5 @@
-/* Prompts: selection and attention of many queries, a block of keys at a time. */
+/* Prompts: selection and attention of many queries, a block of keys at a time. Every function returns 0, or 1 where there
+ * is no memory. */
 #include "products.h"
 #include "tile_blocks.h"
 
@@ -41,13 +42,11 @@ INLINE void add(float *to, vec value) { store(to, load(to) + value); }
 
 /* out[r * ld + b] = the largest product of row r and a key of block b. keys: [blocks, dim, block], `block` a multiple
  * of LANES: vectors run along the keys, and the maximum is taken where the products are, in registers. */
-void minim3_block_maxima(const float *rows, int64_t count, int64_t dim, const float *keys, int64_t blocks, int64_t block,
+int minim3_block_maxima(const float *rows, int64_t count, int64_t dim, const float *keys, int64_t blocks, int64_t block,
                          float *out, int64_t ld) {
 #if HAVE_TILES
-    if (minim3_tiles && block % DEPTH == 0 && dim % LANES == 0) {
-        tile_block_maxima(rows, count, dim, keys, blocks, block, out, ld);
-        return;
-    }
+    if (minim3_tiles && block % DEPTH == 0 && dim % LANES == 0)
+        return tile_block_maxima(rows, count, dim, keys, blocks, block, out, ld);
 #endif
     for (int64_t b = 0; b < blocks; b++, keys += dim * block)
         for (int64_t first = 0; first < count; first += ROWS) {
@@ -66,6 +65,7 @@ void minim3_block_maxima(const float *rows, int64_t count, int64_t dim, const fl
             for (int64_t r = 0; r < rr; r++)
                 out[(first + r) * ld + b] = largest(best[r]);
         }
+    return 0;
 }
 
 /* turned[d * block + k] = x[k * stride + d]. */
@@ -80,16 +80,16 @@ static void turn(const float *x, int64_t stride, int64_t block, int64_t size, fl
  * against minus the reference of the query. Rows: those listed, or `count` from `first` on. `block` and `dim` are
  * multiples of LANES, but `block` may be any number on tiles; there a row also sees keys up to its number plus `shift`
  * alone. */
-void minim3_add_block(const float *queries, float *sums, const int64_t *listed, int64_t first, int64_t count,
+int minim3_add_block(const float *queries, float *sums, const int64_t *listed, int64_t first, int64_t count,
                       int64_t group, int64_t dim, const float *keys, int64_t key_stride, const float *values,
                       int64_t value_stride, int64_t block, int64_t shift) {
 #if HAVE_TILES
     if (minim3_tiles) {
         const Rows rows = {listed, first, count, group, shift};
-        tile_add_block(queries, sums, rows, dim, keys, key_stride, values, value_stride, block);
-        return;
+        return tile_add_block(queries, sums, rows, dim, keys, key_stride, values, value_stride, block);
     }
 #endif
+    (void)shift; /* all keys are seen here */
     const int64_t size = dim + 1;
     float turned[size * block], weights[ROWS * block];
     turn(keys, key_stride, block, size, turned);
@@ -123,6 +123,7 @@ void minim3_add_block(const float *queries, float *sums, const int64_t *listed, 
         for (int64_t r = 0; r < rr; r++)
             to[r][dim] += sum(total[r]);
     }
+    return 0;
 }
 
 /* grads[k] += sum over r of weights[r][k] times rows[r], for `kk` keys and `vv` vectors. */
@@ -161,16 +162,16 @@ static void add_to_block(const float *weights, int64_t count, const float *const
 /* The gradient of one block of keys and values, and what it gives those of the rows that attend it. both: [rows, group,
  * 2, dim + 1], a query (last channel: minus its log-sum-exp) and its gradient (minus delta). sums: [rows, group, dim].
  * keys, values: [block, dim + 1], with ones in the last channel. grad_k, grad_v: [block, dim]. */
-void minim3_add_block_gradient(const float *both, float *sums, const int64_t *listed, int64_t first, int64_t count,
+int minim3_add_block_gradient(const float *both, float *sums, const int64_t *listed, int64_t first, int64_t count,
                                int64_t group, int64_t dim, const float *keys, const float *values, int64_t stride,
                                float *grad_k, float *grad_v, int64_t grad_stride, int64_t block, int64_t shift) {
 #if HAVE_TILES
     if (minim3_tiles) {
         const Rows rows = {listed, first, count, group, shift};
-        tile_add_block_gradient(both, sums, rows, dim, keys, values, stride, grad_k, grad_v, grad_stride, block);
-        return;
+        return tile_add_block_gradient(both, sums, rows, dim, keys, values, stride, grad_k, grad_v, grad_stride, block);
     }
 #endif
+    (void)shift;
     const int64_t size = dim + 1;
     float turned_k[size * block], turned_v[size * block], weights[CHUNK * block], errors[CHUNK * block];
     const float *queries[CHUNK], *gradients[CHUNK];
@@ -212,4 +213,5 @@ void minim3_add_block_gradient(const float *both, float *sums, const int64_t *li
         add_to_block(weights, items, gradients, dim, block, grad_v, grad_stride);
         add_to_block(errors, items, queries, dim, block, grad_k, grad_stride);
     }
+    return 0;
 }

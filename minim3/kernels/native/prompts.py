@@ -34,9 +34,10 @@ class BlockMaxima:
             raise ValueError(f"index_q has heads of {rows.shape[1]}, index_k of {self.keys.shape[1]}: they must agree")
         assert scores.stride(1) == 1, scores.stride()
         assert blocks <= self.keys.shape[0], (blocks, self.keys.shape)
-        native.library().minim3_block_maxima(
-            c_void_p(rows.data_ptr()), c_int64(rows.shape[0]), c_int64(rows.shape[1]), c_void_p(self.keys.data_ptr()),
-            c_int64(blocks), c_int64(self.block_size), c_void_p(scores.data_ptr()), c_int64(scores.stride(0)),
+        _run(
+            "minim3_block_maxima", c_void_p(rows.data_ptr()), c_int64(rows.shape[0]), c_int64(rows.shape[1]),
+            c_void_p(self.keys.data_ptr()), c_int64(blocks), c_int64(self.block_size), c_void_p(scores.data_ptr()),
+            c_int64(scores.stride(0)),
         )  # fmt: skip
 
 
@@ -52,9 +53,10 @@ def add_block(
     assert queries.is_contiguous()
     assert sums.is_contiguous()
     assert keys.shape[1] == queries.shape[2] == dim + 1, (keys.shape, queries.shape, dim)
-    native.library().minim3_add_block(
-        c_void_p(queries.data_ptr()), c_void_p(sums.data_ptr()), *_listed(rows), c_int64(group), c_int64(dim),
-        c_void_p(keys.data_ptr()), c_int64(keys.stride(0)), c_void_p(values.data_ptr()), c_int64(values.stride(0)),
+    _run(
+        "minim3_add_block", c_void_p(queries.data_ptr()), c_void_p(sums.data_ptr()), *_listed(rows), c_int64(group),
+        c_int64(dim), c_void_p(keys.data_ptr()), c_int64(keys.stride(0)), c_void_p(values.data_ptr()),
+        c_int64(values.stride(0)),
         c_int64(size), c_int64(size if shift is None else shift),
     )  # fmt: skip
     return True
@@ -72,12 +74,18 @@ def add_gradient(
     assert both.is_contiguous()
     assert sums.is_contiguous()
     assert both.shape[2:] == (2, dim + 1), (both.shape, dim)
-    native.library().minim3_add_block_gradient(
-        c_void_p(both.data_ptr()), c_void_p(sums.data_ptr()), *_listed(rows), c_int64(group), c_int64(dim),
-        c_void_p(keys.data_ptr()), c_void_p(values.data_ptr()), c_int64(dim + 1), c_void_p(grad_k.data_ptr()),
+    _run(
+        "minim3_add_block_gradient", c_void_p(both.data_ptr()), c_void_p(sums.data_ptr()), *_listed(rows),
+        c_int64(group), c_int64(dim), c_void_p(keys.data_ptr()), c_void_p(values.data_ptr()), c_int64(dim + 1),
+        c_void_p(grad_k.data_ptr()),
         c_void_p(grad_v.data_ptr()), c_int64(dim), c_int64(size), c_int64(size if shift is None else shift),
     )  # fmt: skip
     return True
+
+
+def _run(function: str, *args: Any) -> None:
+    if getattr(native.library(), function)(*args):
+        raise MemoryError(f"{function}: there is no memory to lay out a block of keys")
 
 
 def _any_keys(dim: int, dtype: torch.dtype) -> bool:
@@ -125,3 +133,13 @@ def block_sparse_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 def block_sparse_attention_paged(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """See the reference."""
     return paged.block_sparse_attention_paged(*args, **kwargs, blocks=BLOCKS)
+
+
+def varlen_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """See the reference."""
+    return attention.varlen_attention(*args, **kwargs, blocks=BLOCKS)
+
+
+def paged_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """See the reference."""
+    return paged.paged_attention(*args, **kwargs, blocks=BLOCKS)

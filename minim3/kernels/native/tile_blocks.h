@@ -20,10 +20,31 @@ INLINE int64_t place_of(const Rows *rows, int64_t item) {
 
 INLINE int64_t filled(int64_t size) { return ceil_div(size, DEPTH) * DEPTH; }
 
+/* out[i] = the sum over the lanes of x[i]. */
+INLINE void sums_of_sixteen(vec *x, float *out) {
+    turn_lanes((__m512i *)x);
+    vec found = x[0];
+    for (int i = 1; i < SIDE; i++)
+        found += x[i];
+    store(out, found);
+}
+
 /* Rows of x `stride` apart from row `at` on, null past `rows`. */
 INLINE void sixteen(const float **row, const float *x, int64_t stride, int64_t at, int64_t rows) {
     for (int64_t r = 0; r < SIDE; r++)
         row[r] = at + r < rows ? x + (at + r) * stride : 0;
+}
+
+/* Panels of these sizes behind each other, and `floats` numbers of fp32 after them; `panel[0]` is null where there is no
+ * memory for them, and to be freed. */
+static float *make_panels(const int64_t *sizes, int count, int64_t floats, bf16 **panel) {
+    int64_t total = 0;
+    for (int i = 0; i < count; i++)
+        total += sizes[i];
+    panel[0] = aligned_alloc(64, ceil_div(2 * total + 4 * floats, 64) * 64);
+    for (int i = 1; i < count; i++)
+        panel[i] = panel[i - 1] + sizes[i - 1];
+    return (float *)(panel[count - 1] + sizes[count - 1]);
 }
 
 /* Panels of A, 16 rows each; or of B, 16 columns each, which are these rows. */
@@ -46,10 +67,15 @@ static void panels_of_columns(const float *const *rows, int64_t count, int64_t c
         }
 }
 
-static void tile_block_maxima(const float *rows, int64_t count, int64_t dim, const float *keys, int64_t blocks,
+static int tile_block_maxima(const float *rows, int64_t count, int64_t dim, const float *keys, int64_t blocks,
                               int64_t block, float *out, int64_t ld) {
-    const int64_t steps = filled(dim) / DEPTH, size = steps * STEP, parts = ceil_div(count, ITEMS);
-    bf16 *queries = aligned_alloc(64, 2 * (parts * 2 + block / SIDE + 1) * size), *by = queries + parts * 2 * size;
+    const int64_t size = filled(dim) / DEPTH * STEP, steps = size / STEP;
+    const int64_t sizes[] = {filled(count) / SIDE * size, block / SIDE * size};
+    bf16 *panel[2];
+    make_panels(sizes, 2, 0, panel);
+    if (!panel[0])
+        return 1;
+    bf16 *queries = panel[0], *by = panel[1];
     float scores[ITEMS * ITEMS] __attribute__((aligned(64)));
     panels(0, rows, dim, count, dim, queries);
     configure_tiles();
@@ -83,16 +109,21 @@ static void tile_block_maxima(const float *rows, int64_t count, int64_t dim, con
     }
     _tile_release();
     free(queries);
+    return 0;
 }
 
-static void tile_add_block(const float *queries, float *sums, Rows rows, int64_t dim, const float *keys,
+static int tile_add_block(const float *queries, float *sums, Rows rows, int64_t dim, const float *keys,
                            int64_t key_stride, const float *values, int64_t value_stride, int64_t block) {
     const int64_t size = dim + 1, items = rows.count * rows.group, width = filled(block);
     const int64_t steps = filled(dim) / DEPTH, key_steps = width / DEPTH;
-    bf16 by_key[width / SIDE * steps * STEP] __attribute__((aligned(64)));
-    bf16 by_value[filled(dim) / SIDE * key_steps * STEP] __attribute__((aligned(64)));
-    bf16 query[2 * steps * STEP] __attribute__((aligned(64))), weights[2 * key_steps * STEP] __attribute__((aligned(64)));
-    float scores[ITEMS * width] __attribute__((aligned(64)));
+    const int64_t by_dim = steps * STEP, by_block = key_steps * STEP;
+    const int64_t sizes[] = {width / SIDE * by_dim, filled(dim) / SIDE * by_block, 2 * by_dim, 2 * by_block};
+    bf16 *panel[4];
+    make_panels(sizes, 4, 0, panel);
+    if (!panel[0])
+        return 1;
+    bf16 *by_key = panel[0], *by_value = panel[1], *query = panel[2], *weights = panel[3];
+    float scores[ITEMS * ITEMS] __attribute__((aligned(64)));
     const float *value[block];
     for (int64_t k = 0; k < block; k++)
         value[k] = values + k * value_stride;
@@ -110,45 +141,50 @@ static void tile_add_block(const float *queries, float *sums, Rows rows, int64_t
             seen[r] = least(place + rows.shift + 1, block), most_seen = most(most_seen, seen[r]);
         }
         const int64_t used = filled(most_seen);
-        pack_rows(row, dim, query), pack_rows(row + SIDE, dim, query + steps * STEP);
+        pack_rows(row, dim, query), pack_rows(row + SIDE, dim, query + by_dim);
+        for (int64_t r = 0; r < ITEMS; r++) { /* the next ones are on their way while these are multiplied */
+            const int64_t next = least(item + ITEMS + r, items - 1);
+            const int64_t at = (place_of(&rows, next) * rows.group + next % rows.group) * size;
+            for (int64_t d = 0; d < size; d += LANES)
+                __builtin_prefetch(queries + at + d), __builtin_prefetch(sums + at + d, 1);
+        }
+        vec total[ITEMS] = {};
         for (int64_t k = 0; k < used; k += ITEMS) {
             zero_tiles();
-            multiply_panels(query, steps * STEP, by_key + k / SIDE * steps * STEP, steps * STEP, steps);
-            store_tiles(scores + k, width);
-        }
-        for (int64_t r = 0; r < ITEMS; r++) {
-            const vec reference = all(row[r][dim]);
-            vec total = {};
-            bf16 *line = weights + r / SIDE * key_steps * STEP;
-            for (int64_t k = 0; k < used; k += DEPTH, line += STEP) {
+            multiply_panels(query, by_dim, by_key + k / SIDE * by_dim, by_dim, steps);
+            store_tiles(scores, ITEMS);
+            for (int64_t r = 0; r < ITEMS; r++) {
+                const vec reference = all(row[r][dim]);
                 vec share[2];
                 for (int half = 0; half < 2; half++) {
                     const int64_t at = k + half * LANES;
-                    share[half] = exponential(load(scores + r * width + at) + reference);
+                    share[half] = exponential(load(scores + r * ITEMS + half * LANES) + reference);
                     if (at + LANES > seen[r])
                         share[half] = either(lane_numbers() < (int32_t)(seen[r] - at), share[half], (vec){});
-                    total += share[half];
                 }
-                pack_line(share[0], share[1], r % SIDE, line);
+                total[r] += share[0] + share[1];
+                pack_line(share[0], share[1], r % SIDE, weights + r / SIDE * by_block + k / DEPTH * STEP);
             }
-            if (r < rr)
-                to[r][dim] += sum(total);
         }
+        float totals[ITEMS] __attribute__((aligned(64)));
+        sums_of_sixteen(total, totals), sums_of_sixteen(total + SIDE, totals + SIDE);
         for (int64_t d = 0; d < dim; d += ITEMS) {
-            float found[ITEMS * ITEMS] __attribute__((aligned(64)));
             zero_tiles();
-            multiply_panels(weights, key_steps * STEP, by_value + d / SIDE * key_steps * STEP, key_steps * STEP,
-                            used / DEPTH);
-            store_tiles(found, ITEMS);
+            multiply_panels(weights, by_block, by_value + d / SIDE * by_block, by_block, used / DEPTH);
+            store_tiles(scores, ITEMS);
             for (int64_t r = 0; r < rr; r++)
                 for (int64_t i = 0; i < least(ITEMS, dim - d); i += LANES)
-                    store(to[r] + d + i, load(to[r] + d + i) + load(found + r * ITEMS + i));
+                    store(to[r] + d + i, load(to[r] + d + i) + load(scores + r * ITEMS + i));
         }
+        for (int64_t r = 0; r < rr; r++)
+            to[r][dim] += totals[r];
     }
     _tile_release();
+    free(by_key);
+    return 0;
 }
 
-static void tile_add_block_gradient(const float *both, float *sums, Rows rows, int64_t dim, const float *keys,
+static int tile_add_block_gradient(const float *both, float *sums, Rows rows, int64_t dim, const float *keys,
                                     const float *values, int64_t stride, float *grad_k, float *grad_v,
                                     int64_t grad_stride, int64_t block) {
     const int64_t size = dim + 1, items = rows.count * rows.group, width = filled(block), wide = filled(dim);
@@ -159,29 +195,26 @@ static void tile_add_block_gradient(const float *both, float *sums, Rows rows, i
     const int64_t sizes[] = {width / SIDE * by_dim, width / SIDE * by_dim, wide / SIDE * by_block,
                              width / SIDE * by_item, width / SIDE * by_item, MANY / SIDE * by_dim, MANY / SIDE * by_dim,
                              wide / SIDE * by_item, wide / SIDE * by_item, MANY / SIDE * by_block};
-    int64_t all_sizes = 0;
-    for (int i = 0; i < 10; i++)
-        all_sizes += sizes[i];
-    bf16 *memory = aligned_alloc(64, 2 * all_sizes + 8 * width * wide), *panel[10];
-    float *to_keys = (float *)(memory + all_sizes), *to_values = to_keys + width * wide;
-    panel[0] = memory;
-    for (int i = 1; i < 10; i++)
-        panel[i] = panel[i - 1] + sizes[i - 1];
+    bf16 *panel[10];
+    float *to_keys = make_panels(sizes, 10, 2 * width * wide, panel), *to_values = to_keys + width * wide;
+    if (!panel[0])
+        return 1;
     memset(to_keys, 0, 8 * width * wide);
-    float turned[wide * block];
-    memset(turned, 0, sizeof turned);
-    for (int64_t k = 0; k < block; k++)
-        for (int64_t d = 0; d < dim; d++)
-            turned[d * block + k] = keys[k * stride + d];
     panels(0, keys, stride, block, dim, panel[0]);
     panels(0, values, stride, block, dim, panel[1]);
     for (int64_t d = 0; d < wide; d += SIDE)
-        for (int64_t k = 0; k < width; k += DEPTH)
-            for (int64_t i = 0; i < SIDE; i++) {
-                vec line[2] = {};
-                memcpy(line, turned + (d + i) * block + k, 4 * least(DEPTH, block - k));
-                pack_line(line[0], line[1], i, panel[2] + d / SIDE * by_block + k / DEPTH * STEP);
+        for (int64_t k = 0; k < width; k += DEPTH) {
+            vec line[2][SIDE];
+            for (int half = 0; half < 2; half++) {
+                for (int64_t i = 0; i < SIDE; i++) {
+                    const int64_t key = k + half * SIDE + i;
+                    line[half][i] = load_within(keys + key * stride, d, key < block ? dim : 0);
+                }
+                turn_lanes((__m512i *)line[half]);
             }
+            for (int64_t i = 0; i < SIDE; i++)
+                pack_line(line[0][i], line[1][i], i, panel[2] + d / SIDE * by_block + k / DEPTH * STEP);
+        }
     configure_tiles();
     for (int64_t item = 0; item < items; item += MANY) {
         const int64_t rr = least(MANY, items - item);
@@ -273,6 +306,7 @@ static void tile_add_block_gradient(const float *both, float *sums, Rows rows, i
             store(grad_k + k * grad_stride + d, load(grad_k + k * grad_stride + d) + load(to_keys + k * wide + d));
             store(grad_v + k * grad_stride + d, load(grad_v + k * grad_stride + d) + load(to_values + k * wide + d));
         }
-    free(memory);
+    free(panel[0]);
+    return 0;
 }
 #endif

@@ -107,8 +107,13 @@ INLINE ivec lane_numbers(void) {
 
 INLINE vec either(ivec first, vec a, vec b) { return (vec)((first & (ivec)a) | (~first & (ivec)b)); }
 /* NaN of `a` stays. */
+#if defined(__AVX512F__)
+INLINE vec maximum(vec a, vec b) { return (vec)_mm512_max_ps((__m512)b, (__m512)a); }
+INLINE vec minimum(vec a, vec b) { return (vec)_mm512_min_ps((__m512)b, (__m512)a); }
+#else
 INLINE vec maximum(vec a, vec b) { return either(b > a, b, a); }
 INLINE vec minimum(vec a, vec b) { return either(b < a, b, a); }
+#endif
 
 /* exp(x) = 2^n exp(r), |r| <= ln(2) / 2, with the polynomial of Cephes' expf: 2 units in the last place. Below -87 it stays
  * at 1.6e-38, and NaN stays. */

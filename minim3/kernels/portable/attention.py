@@ -24,13 +24,14 @@ from minim3.kernels.sequences import Lengths, Span, as_ints, at_least_fp32, quer
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Lengths, cu_seqlens_k: Lengths, *,
     q_offset: Lengths | None = None, causal: bool = True, scale: float | None = None,
+    blocks: products.BlockKernels | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See the reference."""
+    """See the reference; `blocks` as in `block_sparse_attention`."""
     if not causal and q_offset is None:
         q_offset = [0] * (len(as_ints(cu_seqlens_q)) - 1)
     spans = sequence_spans(cu_seqlens_q, cu_seqlens_k, q_offset, num_queries=q.shape[0], num_keys=k.shape[0])
     short, rest = split_short(spans, causal=causal)
-    work = Work(_buckets(short, q, k, causal), rest, (), causal, 1, _scale(q, scale))
+    work = Work(_buckets(short, q, k, causal), rest, (), causal, 1, _scale(q, scale), blocks)
     return _run(q, k, v, None, work)
 
 
@@ -62,6 +63,10 @@ def block_sparse_attention(
     buckets, scale = _buckets(short, q, k, True), _scale(q, scale)
     work = Work(buckets, (*rest, *pieces), tuple(sparse), True, block_size, scale, blocks)
     return _run(q, k, v, block_indices if sparse else None, work)
+
+
+_LEAST_ROWS = 64
+"""Queries of a dense piece that pay for laying out its keys."""
 
 
 class Work(NamedTuple):
@@ -132,11 +137,14 @@ def _forward(
         lse = scatter_rows(lse, b.rows_q, lse_pad.index_select(0, b.packed))
         padded = (q_pad, k_pad, v_pad, out_pad, lse_pad)
     for span in work.dense:
+        if _in_blocks(work, q, span):
+            _blocks_forward(q, k, v, None, span, work, out, lse)
+            continue
         rows, keys = slice(span.q_start, span.q_stop), slice(span.k_start, span.k_stop)
         merging.dense_forward(q[rows], k[keys], v[keys], span, work.causal, work.scale, out[rows], lse[rows])
     for span in work.sparse:
         assert ids is not None
-        _sparse_forward(q, k, v, ids, span, work, out, lse)
+        _blocks_forward(q, k, v, ids, span, work, out, lse)
     return out, lse, padded
 
 
@@ -162,6 +170,9 @@ def _backward(
         grad_k = scatter_rows(grad_k, b.rows_k, grads[1].index_select(0, b.packed))
         grad_v = scatter_rows(grad_v, b.rows_k, grads[2].index_select(0, b.packed))
     for span in work.dense:
+        if _in_blocks(work, q, span):
+            _blocks_backward(grad_out, q, k, v, out, lse, None, span, work, grad_q, grad_k, grad_v)
+            continue
         rows, keys = slice(span.q_start, span.q_stop), slice(span.k_start, span.k_stop)
         merging.dense_backward(
             grad_out[rows], q[rows], k[keys], v[keys], out[rows], lse[rows], span, work.causal, work.scale,
@@ -169,7 +180,7 @@ def _backward(
         )  # fmt: skip
     for span in work.sparse:
         assert ids is not None
-        _sparse_backward(grad_out, q, k, v, out, lse, ids, span, work, grad_q, grad_k, grad_v)
+        _blocks_backward(grad_out, q, k, v, out, lse, ids, span, work, grad_q, grad_k, grad_v)
     return grad_q, grad_k, grad_v
 
 
@@ -178,13 +189,25 @@ def _batched(x: Tensor, bucket: Any) -> Tensor:
     return x[bucket.rows].unflatten(0, (bucket.num_documents, bucket.length)).transpose(1, 2)
 
 
-# Sparse pieces, a tile of rows and a KV head at a time
+# Pieces a block of keys at a time: a tile of rows and a KV head after the other
 
 
-def _sparse_forward(
-    q: Tensor, k: Tensor, v: Tensor, ids: Tensor, span: Span, work: Work, out: Tensor, lse: Tensor
+def _in_blocks(work: Work, q: Tensor, span: Span) -> bool:
+    """Whether a dense piece is faster in blocks than through the fused operator."""
+    many = work.causal and span.num_queries >= _LEAST_ROWS
+    return many and work.blocks is not None and work.blocks.any_keys(q.shape[2], q.dtype)
+
+
+def _choices(ids: Tensor | None, tile: Span, work: Work, kv_heads: int) -> list[products.Choice]:
+    if ids is None:
+        return [products.everything(tile)] * kv_heads
+    return products.choices(ids[tile.q_start : tile.q_stop], tile, work.block_size)
+
+
+def _blocks_forward(
+    q: Tensor, k: Tensor, v: Tensor, ids: Tensor | None, span: Span, work: Work, out: Tensor, lse: Tensor
 ) -> None:
-    """Fill the rows of `span`; the packed tensors are whole."""
+    """Fill the rows of `span`, which attend the blocks `ids` or (None) everything; the packed tensors are whole."""
     seen = slice(span.k_start, span.k_start + span.offset + span.num_queries)
     k, v, group = k[seen], v[seen], q.shape[1] // k.shape[1]
     keys, longest = products.extend(k), torch.linalg.vector_norm(k, dim=-1).amax(0)
@@ -203,16 +226,16 @@ def _sparse_forward(
         rows = slice(tile.q_start, tile.q_stop)
         reference = products.references(q[rows], k[tile.offset : tile.offset + tile.num_queries], work.scale)
         within_reach = products.within_reach(q[rows], reference, longest, work.scale)
-        for h, choice in enumerate(products.choices(ids[rows], tile, work.block_size)):
+        for h, choice in enumerate(_choices(ids, tile, work, k.shape[1])):
             # A reference that is not among the scores could be far above all of them.
             as_products = within_reach[h] and choice.without_own is None
             pieces.append(partial(head, h, rows, choice, reference if as_products else None))
     run_all(pieces, q.device)
 
 
-def _sparse_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ids: Tensor, span: Span, work: Work,
-    grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
+def _blocks_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, ids: Tensor | None, span: Span,
+    work: Work, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor,
 ) -> None:  # fmt: skip
     """Fill the rows of `span` in `grad_q` and add to the others; the packed tensors are whole."""
     seen = slice(span.k_start, span.k_start + span.offset + span.num_queries)
@@ -229,7 +252,7 @@ def _sparse_backward(
     for tile in products.tiles(span):
         rows = slice(tile.q_start, tile.q_stop)
         delta = (grad_out[rows] * out[rows]).sum(-1)
-        choices = products.choices(ids[rows], tile, work.block_size)
+        choices = _choices(ids, tile, work, k.shape[1])
         run_all((partial(head, h, rows, choice, delta) for h, choice in enumerate(choices)), q.device)
     grad_k[seen] += grad_keys.transpose(0, 1)
     grad_v[seen] += grad_values.transpose(0, 1)

@@ -74,7 +74,8 @@ def sparse_forward(q: Tensor, k: Tensor, v: Tensor, choice: Choice, scale: float
         part = attend(gathered, _in_blocks(keys), _in_blocks(values), causal=False, scale=scale)
         old = take(result, chosen).view_as(gathered), take(result_lse, chosen).view(1, 1, -1)
         new, new_lse = merge(*old, *part)
-        result[chosen] = new.view(-1, *result.shape[1:])
+        if isinstance(chosen, Tensor):  # a run was merged where it lies
+            result[chosen] = new.view(-1, *result.shape[1:])
         result_lse[chosen] = new_lse.view(-1, result_lse.shape[1])
     assert not bool(torch.isneginf(result_lse).any()), "a query sees no key"
     out.copy_(result)

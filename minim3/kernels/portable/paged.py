@@ -120,9 +120,9 @@ def _plan(
 
 def paged_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, page_table: Tensor, lengths_k: Lengths, cu_seqlens_q: Lengths, *,
-    scale: float | None = None, plan: PagedPlan | None = None,
+    scale: float | None = None, plan: PagedPlan | None = None, blocks: BlockKernels | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See the reference."""
+    """See the reference; `blocks` as in `attention.block_sparse_attention`."""
     plan = _plan(plan, page_table, lengths_k, cu_seqlens_q, k_pages.shape[-2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries = decode.wide(q) * scale
@@ -142,7 +142,7 @@ def paged_attention(
         if r.num_queries > FEW_TOKENS:
             keys, values = _gather(k_pages, v_pages, cache, plan.rows(r, cache), r.length, queries.dtype)
             out[r.rows], lse[r.rows] = attention.varlen_attention(
-                queries[r.rows], keys, values, [0, r.num_queries], [0, r.length], scale=1.0
+                queries[r.rows], keys, values, [0, r.num_queries], [0, r.length], scale=1.0, blocks=blocks
             )
     return out.to(q.dtype), lse
 
