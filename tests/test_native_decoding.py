@@ -131,7 +131,7 @@ def dequantized(model: MiniMaxM3SparseForCausalLM) -> MiniMaxM3SparseForCausalLM
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["bf16", "int8", "int4", "mxfp8"])
 def test_quantized_weights_are_what_they_stand_for(format: str) -> None:
     """Against a plain model of the dequantized weights: codes, scales and zeros in their places, in any number."""
     model = tiny_models.text_model(5, **WIDE)

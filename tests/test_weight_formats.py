@@ -265,7 +265,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A vision-language checkpoint with a MTP module, by format."""
     folder = tmp_path_factory.mktemp("stored")
     model = tm.vl_model(num_mtp_modules=1)
-    for format in ("fp32", "mxfp8"):
+    for format in ("fp32", "bf16", "mxfp8"):
         model.save_pretrained(folder / format, format=format)
     return lambda format: folder / format
 
@@ -365,23 +365,35 @@ def test_one_token_after_another_is_the_prompt_at_once(format: str) -> None:
 
 def test_what_stays_as_it_is(stored: Callable[[str], Path]) -> None:
     """The router decides with small differences, norms are small, pictures are looked at once."""
-    int8, int4, mxfp8 = (load(stored("fp32"), format) for format in FORMATS)
-    for model in (int8, int4, mxfp8):
+    models = [load(stored("fp32"), format) for format in FORMATS]
+    for model in models:
         assert not any(isinstance(m, QuantizedModule) for m in model.vision_tower.modules())
         assert model.text_model.layers[1].get_parameter("block_sparse_moe.gate.weight").dtype == torch.float32
         assert not any(parameter.requires_grad for parameter in model.parameters())
     formats = [
-        [str(getattr(model.get_submodule(f"language_model.{name}"), "format", None)) for model in (int8, int4, mxfp8)]
+        [str(getattr(model.get_submodule(f"language_model.{name}"), "format", None)) for model in models]
         for name in ("lm_head", "model.layers.1.self_attn.indexer.index_q_proj", "model.layers.1.self_attn.v_proj",
                      "model.mtp.layers.0.eh_proj", "model.layers.1.block_sparse_moe.experts")
     ]  # fmt: skip
     assert formats == [
-        ["int8", "int8", "None"], ["int8", "int8", "None"], ["int8", "int4", "mxfp8"],
-        ["int8", "int4", "None"], ["int8", "int4", "mxfp8"],
+        ["bf16", "int8", "int8", "None"], ["bf16", "int8", "int8", "None"], ["bf16", "int8", "int4", "mxfp8"],
+        ["bf16", "int8", "int4", "None"], ["bf16", "int8", "int4", "mxfp8"],
     ]  # fmt: skip
     whole = load(stored("fp32"), Quantization("int4", group_size=64, head=False))
     assert isinstance(whole.lm_head, torch.nn.Linear)
     assert whole.text_model.layers[0].self_attn.v_proj.matrix.group_size == 64  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("source", ["bf16", "mxfp8"])
+def test_what_a_checkpoint_stores_loses_nothing(stored: Callable[[str], Path], source: str) -> None:
+    """Held as they are stored, in half or a quarter of the bytes, weights give the logits of fp32."""
+    exact, held = load(stored(source), None), load(stored(source), source)
+    ids = torch.arange(40).unsqueeze(0) % 50 + 3
+    with torch.inference_mode():
+        want, got = exact(input_ids=ids).logits, held(input_ids=ids).logits
+    assert error(got, want) < 1e-5
+    taken = sum(weight_bytes(held).values()) / sum(weight_bytes(exact).values())
+    assert taken < 0.8  # the vision part and the embedding stay as they are
 
 
 def test_a_tied_head_stays_with_its_embedding(tmp_path: Path) -> None:
@@ -510,7 +522,7 @@ def test_training_moving_casting_and_saving_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "options", "message"),
     [
-        ("int2", {}, "quantization is 'int2'; known: int8, int4, mxfp8"),
+        ("int2", {}, "quantization is 'int2'; known: bf16, int8, int4, mxfp8"),
         ("int8", {"dtype": torch.float16}, "need dtype float32 or bfloat16"),
         ("int8", {"device": "meta"}, "are for the CPU, the device is meta"),
     ],

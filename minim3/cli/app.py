@@ -30,6 +30,7 @@ class Format(StrEnum):
 
 
 class Quantization(StrEnum):
+    bf16 = "bf16"
     int8 = "int8"
     int4 = "int4"
     mxfp8 = "mxfp8"

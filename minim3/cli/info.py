@@ -176,7 +176,8 @@ def _memory(
     text_only = isinstance(config, MiniMaxM3VLTextConfig)
     model_class: Any = MiniMaxM3SparseForCausalLM if text_only else MiniMaxM3SparseForConditionalGeneration
     sizes = {}
-    for quantization in (None, "int8", "int4", "mxfp8") if where.type == "cpu" else (None, "mxfp8"):
+    wider = ("bf16",) if what != torch.bfloat16 else ()
+    for quantization in (None, *wider, "int8", "int4", "mxfp8") if where.type == "cpu" else (None, *wider, "mxfp8"):
         with torch.device("meta"):
             model = model_class(config)
         name = quantization or str(what).removeprefix("torch.")

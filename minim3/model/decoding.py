@@ -280,7 +280,7 @@ def _packed_projection(block: nn.Module) -> PackedProjection | None:
     packed = attention._packed
     if packed is None or attention.backend not in (None, "portable") or not packed.is_current(attention):
         return None
-    if kernels.resolve(attention.backend, "paged_attention", "cpu", torch.float32) != "portable":
+    if kernels.resolve(attention.backend, "paged_attention", "cpu", torch.float32) not in ("portable", "native"):
         return None
     if block.is_moe_layer:
         moe = block.block_sparse_moe

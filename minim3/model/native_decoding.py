@@ -27,7 +27,7 @@ from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, rotary_frequenci
 from minim3.model.moe import MiniMaxM3Experts, MiniMaxM3MoE
 from minim3.model.mtp import MiniMaxM3MTPBlock
 from minim3.model.quantized import QuantizedExperts, QuantizedLinear
-from minim3.model.weight_formats import Int4Matrix, Int8Matrix, WeightMatrix, int4_layout
+from minim3.model.weight_formats import Bf16Matrix, Int4Matrix, Int8Matrix, MXFP8Matrix, WeightMatrix, int4_layout
 
 logger = logging.getLogger(__name__)
 
@@ -202,6 +202,18 @@ class _Known:
             return native.Matrix(
                 format=native.INT8, rows=last - first, columns=matrix.columns, stride=codes.stride(0),
                 codes=codes.data_ptr(), scales=scales.data_ptr(),
+            )  # fmt: skip
+        if isinstance(matrix, Bf16Matrix):
+            values = matrix.values[first:last]
+            return native.Matrix(
+                format=native.BF16, rows=values.shape[0], columns=matrix.columns, stride=values.stride(0),
+                codes=values.data_ptr(),
+            )  # fmt: skip
+        if isinstance(matrix, MXFP8Matrix):
+            codes, powers = matrix.codes[first:last], matrix.scales[first:last]
+            return native.Matrix(
+                format=native.MXFP8, rows=codes.shape[0], columns=matrix.columns, stride=codes.stride(0),
+                codes=codes.data_ptr(), scales=powers.data_ptr(), group=powers.stride(0),
             )  # fmt: skip
         layout = int4_layout()
         if not isinstance(matrix, Int4Matrix) or layout is None or layout.block not in native.int4_blocks():

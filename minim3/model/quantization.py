@@ -24,10 +24,12 @@ from minim3.model.weight_formats import FORMATS, GROUP_SIZES, num_bytes
 class Quantization:
     """How the weights of a model are held.
 
-    format: "int8" (one scale a row), "int4" (a scale and a zero for each `group_size` inputs; the indexer, which
-    chooses and is small, takes int8) or "mxfp8" (what a MXFP8 checkpoint stores, kept; of another checkpoint, the
-    weights that such a checkpoint would store so).
-    head: hold the head in int8. None: yes for int8 and int4, no for mxfp8. A head tied to the embedding stays with it.
+    format: "bf16" (exact for a checkpoint in bf16, and computed in the dtype of the model), "int8" (one scale a row),
+    "int4" (a scale and a zero for each `group_size` inputs; the indexer, which chooses and is small, takes int8) or
+    "mxfp8" (what a MXFP8 checkpoint stores, kept; of another checkpoint, the weights that such a checkpoint would store
+    so).
+    head: hold the head in int8. None: yes for int8 and int4, no for mxfp8, in bf16 for bf16. A head tied to the
+    embedding stays with it.
     """
 
     format: str
@@ -52,7 +54,11 @@ class Quantization:
         if name.startswith(VISION_PREFIXES):
             return None
         if name.endswith("lm_head.weight"):
-            return "int8" if (self.format != "mxfp8" if self.head is None else self.head) else None
+            if self.head is None:
+                return {"mxfp8": None, "bf16": "bf16"}.get(self.format, "int8")
+            return "int8" if self.head else None
+        if self.format == "bf16":
+            return "bf16"
         if self.format == "mxfp8":
             if stored_mxfp8:
                 return "mxfp8" if name.removeprefix(TEXT_PREFIX) in stored_mxfp8 else None
@@ -62,7 +68,7 @@ class Quantization:
 
     def check_available(self, device: torch.device, dtype: torch.dtype) -> None:
         """Raises `ValueError` where this torch, device or dtype has no product for the format."""
-        if self.format == "mxfp8" and not self.head:
+        if self.format in ("mxfp8", "bf16") and not self.head:
             return
         operators = ["_weight_int8pack_mm"]
         if self.format == "int4":
@@ -143,7 +149,7 @@ def expected_bytes(
 
 
 def weight_bytes(model: nn.Module) -> dict[str, int]:
-    """Bytes of the weights that `model` holds, by format: names of dtypes, "int8", "int4", "mxfp8"."""
+    """Bytes of the weights that `model` holds, by format: names of dtypes and of formats."""
     found: dict[str, int] = {}
     for tensor in dict.fromkeys([*model.parameters(), *model.buffers()]):
         name = str(tensor.dtype).removeprefix("torch.")

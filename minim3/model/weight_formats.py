@@ -1,8 +1,9 @@
-"""Weight matrices in fewer bits than a float, and their products: int8, 4-bit groups, MXFP8.
+"""Weight matrices in fewer bits than fp32, and their products: bf16, int8, 4-bit groups, MXFP8.
 
 A matrix is `[rows, columns]`, as the weight of `nn.Linear`; x is `[M, columns]`. Rows are quantized one by one, so
 quantizing several matrices and joining them gives what quantizing the joined matrix does.
 
+bf16   the upper half of an fp32, rounded to nearest; weights that come in bf16 lose nothing, products are in fp32
 int8   w = code * scale, one scale a row, code -127..127 (round to nearest, no clipping)
 int4   w = (code - 8) * scale + zero, scale and zero for each group of `group_size` columns, code 0..15, from the
        smallest to the largest weight of the group
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 
 from minim3.checkpoint.mxfp8 import SCALE_BIAS, dequantize_mxfp8, num_scales, power_of_two, quantize_mxfp8, scale_blocks
 
-FORMATS = ("int8", "int4", "mxfp8")
+FORMATS = ("bf16", "int8", "int4", "mxfp8")
 GROUP_SIZES = (32, 64, 128, 256)
 _COLUMNS = 16  # the int8 product reads columns in runs of it, past the end of a row that is not a multiple
 _ROWS = 64  # the int4 product packs rows in blocks of it
@@ -34,8 +35,8 @@ _INT8_ROWS_OF_X = 16
 _INT4_ROWS_OF_X = 64
 _TILE_ELEMENTS = 1 << 20
 """Weights dequantized at a time: 2 MiB in bf16, so that the product finds them in a cache."""
-_MXFP8_TILE_ELEMENTS = 1 << 18
-"""The same for MXFP8, which takes fp32 and several passes."""
+_FP32_TILE_ELEMENTS = 1 << 18
+"""The same where tiles are in fp32: bf16, and MXFP8 which takes several passes."""
 _CHUNK_ELEMENTS = 1 << 22
 """Weights quantized at a time: the fp32 temporaries of a head of many rows stay small."""
 
@@ -45,7 +46,7 @@ BareProduct = Callable[[Tensor], Tensor]
 
 
 class WeightMatrix(Protocol):
-    """What the three formats share. `columns` are those of x, `num_rows` those of the product."""
+    """What the formats share. `columns` are those of x, `num_rows` those of the product."""
 
     columns: int
     format: ClassVar[str]
@@ -93,6 +94,48 @@ class _ScaledRows:
         sizes, columns = [m.num_rows for m in matrices], matrices[0].columns
         views = zip(codes.split(sizes), scales.split(sizes), strict=True)
         return cls(codes, scales, columns), [cls(*view, columns) for view in views]
+
+
+@dataclass
+class Bf16Matrix:
+    """values: bf16 `[rows, columns]`."""
+
+    values: Tensor
+    columns: int
+    format: ClassVar[str] = "bf16"
+
+    @classmethod
+    def quantize(cls, weight: Tensor) -> Self:
+        """Of a floating `[rows, columns]`, copied. `ValueError` for NaN and infinity, also where rounding makes it."""
+        values = weight.to(torch.bfloat16, copy=True, memory_format=torch.contiguous_format)
+        for rows in _chunks(values):
+            _finite(values[rows], cls.format)
+        return cls(values, weight.shape[1])
+
+    @property
+    def num_rows(self) -> int:
+        return self.values.shape[0]
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return x
+
+    def product(self, x: Tensor) -> Tensor:
+        return _in_dtype_of(x, self.num_rows, lambda rows: self.values[rows])
+
+    def bare(self) -> BareProduct | None:
+        return None
+
+    def dequantize(self) -> Tensor:
+        return self.values.float()
+
+    def num_bytes(self) -> int:
+        return self.values.nbytes
+
+    @classmethod
+    def join(cls, matrices: Sequence[Self]) -> tuple[Self, list[Self]]:
+        joint = torch.cat([m.values for m in matrices])
+        views, columns = joint.split([m.num_rows for m in matrices]), matrices[0].columns
+        return cls(joint, columns), [cls(view, columns) for view in views]
 
 
 @dataclass
@@ -265,14 +308,7 @@ class MXFP8Matrix(_ScaledRows):
         return x
 
     def product(self, x: Tensor) -> Tensor:
-        step = max(1, _MXFP8_TILE_ELEMENTS // self.columns)
-        if self.num_rows <= step:
-            return F.linear(x, self._rows(slice(0, self.num_rows)).to(x.dtype))
-        out = x.new_empty(x.shape[0], self.num_rows)
-        for start in range(0, self.num_rows, step):
-            rows = slice(start, min(start + step, self.num_rows))
-            out[:, rows] = F.linear(x, self._rows(rows).to(x.dtype))
-        return out
+        return _in_dtype_of(x, self.num_rows, self._rows)
 
     def bare(self) -> BareProduct | None:
         return None
@@ -308,7 +344,10 @@ def quantize(weight: Tensor, format: str, group_size: int = 32) -> WeightMatrix:
     """A floating `[rows, columns]` in one of `FORMATS`. `ValueError` for NaN and infinity."""
     if format == "int4":
         return Int4Matrix.quantize(weight, group_size)
-    return Int8Matrix.quantize(weight) if format == "int8" else MXFP8Matrix.quantize(weight)
+    kinds: dict[str, type[Bf16Matrix | Int8Matrix | MXFP8Matrix]] = {
+        "bf16": Bf16Matrix, "int8": Int8Matrix, "mxfp8": MXFP8Matrix
+    }  # fmt: skip
+    return kinds[format].quantize(weight)
 
 
 def num_bytes(format: str, num_rows: int, columns: int, group_size: int = 32) -> int:
@@ -316,6 +355,8 @@ def num_bytes(format: str, num_rows: int, columns: int, group_size: int = 32) ->
     if format == "int4":
         rows, groups = -(-num_rows // _ROWS) * _ROWS, -(-columns // group_size)
         return rows * groups * (group_size // 2 + 4)
+    if format == "bf16":
+        return 2 * num_rows * columns
     if format == "int8":
         return num_rows * (-(-columns // _COLUMNS) * _COLUMNS + 2)
     return num_rows * (columns + num_scales(columns))
@@ -362,6 +403,18 @@ def _tiled(x: Tensor, num_rows: int, transposed: Callable[[slice, torch.dtype], 
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         out[:, rows] = torch.mm(wide, transposed(rows, dtype))
+    return out
+
+
+def _in_dtype_of(x: Tensor, num_rows: int, some: Callable[[slice], Tensor]) -> Tensor:
+    """`x @ weight.t()`; `some(rows)` gives a few rows of the weight at a time, which are taken to the dtype of x."""
+    step = max(1, _FP32_TILE_ELEMENTS // x.shape[1])
+    if num_rows <= step:
+        return F.linear(x, some(slice(0, num_rows)).to(x.dtype))
+    out = x.new_empty(x.shape[0], num_rows)
+    for start in range(0, num_rows, step):
+        rows = slice(start, min(start + step, num_rows))
+        out[:, rows] = F.linear(x, some(rows).to(x.dtype))
     return out
 
 

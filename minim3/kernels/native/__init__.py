@@ -27,7 +27,7 @@ MOST_TOPK = 4096
 """Blocks that a query may choose: they are kept on the stack of C."""
 MOST_ROWS = 32
 """Query heads of a KV head, and index heads."""
-FP32, INT8, INT4 = range(3)
+FP32, INT8, INT4, BF16, MXFP8 = range(5)
 """Formats of a matrix."""
 
 
@@ -137,7 +137,7 @@ def _threads(num_bytes: int, each: int) -> int:
     return max(1, min(torch.get_num_threads(), num_bytes // each))
 
 
-_BITS = {FP32: 32, INT8: 8, INT4: 4}
+_BITS = {FP32: 32, INT8: 8, INT4: 4, BF16: 16, MXFP8: 8}
 
 
 def _bytes(matrix: Matrix) -> int:

@@ -7,7 +7,7 @@
 
 #include "vectors.h"
 
-enum { FP32, INT8, INT4 };
+enum { FP32, INT8, INT4, BF16, MXFP8 };
 
 /* `[rows, columns]`, as in `minim3.model.weight_formats`.
  * FP32: numbers, `stride` apart. INT8: codes `stride` bytes apart, scales bf16 `[rows]`.
@@ -39,11 +39,50 @@ INLINE float from_bf16(uint16_t x) {
 
 INLINE vec widened(const int8_t *codes) { return __builtin_convertvector(signed_bytes(codes), vec); }
 
+/* e4m3: the exponent moves by 120; the smallest numbers have none, and count steps of 2^-9. */
+INLINE vec from_e4m3(const uint8_t *codes) {
+    const ivec code = unsigned_bytes(codes), size = code & 127;
+    const ivec normal = (size << 20) + (120 << 23);
+    const vec small = __builtin_convertvector(size, vec) * 0x1p-9f;
+    ivec bits = (ivec)either(size > 7, (vec)normal, small) | (code & 128) << 24;
+    return either(size == 127, all(NAN), (vec)bits);
+}
+
+/* 2^(scale - 127), the least of which is below the normal numbers. */
+INLINE float from_e8m0(uint8_t scale) {
+    const uint32_t bits = scale ? (uint32_t)scale << 23 : 1 << 22;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE int64_t bytes_each(const int format) { return format == FP32 ? 4 : format == BF16 ? 2 : 1; }
+
+/* LANES numbers of a row from column i on; of MXFP8 without and of INT8 without their scales. */
+INLINE vec numbers(const int format, const char *row, int64_t i) {
+    switch (format) {
+    case INT8: return widened((const int8_t *)row + i);
+    case BF16: return widened_bf16((const uint16_t *)row + i);
+    case MXFP8: return from_e4m3((const uint8_t *)row + i);
+    default: return load((const float *)row + i);
+    }
+}
+
+INLINE vec scaled(const int format, vec w, const uint8_t *scales, int64_t i) {
+    return format == MXFP8 ? w * from_e8m0(scales[i / 32]) : w;
+}
+
+/* The last columns of a row, zeros after them. */
+static __attribute__((unused)) vec last_numbers(const int format, const char *row, int64_t i, int64_t columns) {
+    char copy[4 * LANES] = {0};
+    memcpy(copy, row + i * bytes_each(format), (columns - i) * bytes_each(format));
+    return numbers(format, copy, 0);
+}
+
 /* out[t * ld + n] for `nn` rows of a weight and `tt` rows of x; all but pointers are constants where it is inlined. */
-INLINE void tile(const int format, const int nn, const int tt, const void *weight, int64_t stride, const uint16_t *scales,
-                 const float *const *x, int64_t columns, float *out, int64_t ld) {
-    const float *numbers = weight;
-    const int8_t *codes = weight;
+INLINE void tile(const int format, const int nn, const int tt, const char *weight, int64_t stride, const void *scales,
+                 int64_t scale_stride, const float *const *x, int64_t columns, float *out, int64_t ld) {
+    const int64_t row = stride * bytes_each(format);
     vec total[TILE][WIDE];
     for (int n = 0; n < nn; n++)
         for (int t = 0; t < tt; t++)
@@ -52,11 +91,8 @@ INLINE void tile(const int format, const int nn, const int tt, const void *weigh
     for (; i + LANES <= columns; i += LANES) {
         vec w[TILE];
         for (int n = 0; n < nn; n++) {
-            w[n] = format == INT8 ? widened(codes + n * stride + i) : load(numbers + n * stride + i);
-            if (format == INT8)
-                __builtin_prefetch(codes + (n + AHEAD) * stride + i);
-            else
-                __builtin_prefetch(numbers + (n + AHEAD) * stride + i);
+            w[n] = scaled(format, numbers(format, weight + n * row, i), (const uint8_t *)scales + n * scale_stride, i);
+            __builtin_prefetch(weight + (n + AHEAD) * row + i * bytes_each(format));
         }
         for (int t = 0; t < tt; t++) {
             vec value = load(x[t] + i);
@@ -64,22 +100,28 @@ INLINE void tile(const int format, const int nn, const int tt, const void *weigh
                 total[n][t] += w[n] * value;
         }
     }
+    vec rest[TILE];
+    for (int n = 0; n < nn && i < columns; n++)
+        rest[n] = scaled(format, last_numbers(format, weight + n * row, i, columns),
+                         (const uint8_t *)scales + n * scale_stride, i);
     for (int t = 0; t < tt; t++) {
         float found[TILE];
         four_sums(total[0][t], total[nn > 1 ? 1 : 0][t], total[nn > 2 ? 2 : 0][t], total[nn > 3 ? 3 : 0][t], found);
         for (int n = 0; n < nn; n++) {
             for (int64_t j = i; j < columns; j++)
-                found[n] += (format == INT8 ? (float)codes[n * stride + j] : numbers[n * stride + j]) * x[t][j];
-            out[t * ld + n] = format == INT8 ? found[n] * from_bf16(scales[n]) : found[n];
+                found[n] += rest[n][j - i] * x[t][j];
+            out[t * ld + n] = format == INT8 ? found[n] * from_bf16(((const uint16_t *)scales)[n]) : found[n];
         }
     }
 }
 
-INLINE void tiles_of_rows(const int format, const int nn, const void *weight, int64_t stride, const uint16_t *scales,
-                          const float *const *x, int64_t count, int64_t columns, float *out, int64_t ld) {
+INLINE void tiles_of_rows(const int format, const int nn, const Matrix *w, int64_t first, const float *const *x,
+                          int64_t count, float *out, int64_t ld) {
+    const char *weight = (const char *)w->codes + first * w->stride * bytes_each(format);
+    const char *scales = (const char *)w->scales + first * (format == INT8 ? 2 : w->group);
     for (int64_t tiles = ceil_div(count, WIDE); tiles; tiles--) { /* alike in size */
         const int64_t tt = ceil_div(count, tiles);
-#define CASE(n) case n: tile(format, nn, n, weight, stride, scales, x, columns, out, ld); break;
+#define CASE(n) case n: tile(format, nn, n, weight, w->stride, scales, w->group, x, w->columns, out, ld); break;
         switch (tt) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) }
 #undef CASE
         x += tt, out += tt * ld, count -= tt;
@@ -88,14 +130,11 @@ INLINE void tiles_of_rows(const int format, const int nn, const void *weight, in
 
 INLINE void plain_product(const int format, const Matrix *w, int64_t first, int64_t rows, const float *const *x,
                           int64_t count, float *out, int64_t ld) {
-    const int64_t size = format == INT8 ? 1 : 4;
     int64_t n = 0;
     for (; n + TILE <= rows; n += TILE)
-        tiles_of_rows(format, TILE, (const char *)w->codes + (first + n) * w->stride * size, w->stride,
-                      w->scales + first + n, x, count, w->columns, out + n, ld);
+        tiles_of_rows(format, TILE, w, first + n, x, count, out + n, ld);
     for (; n < rows; n++)
-        tiles_of_rows(format, 1, (const char *)w->codes + (first + n) * w->stride * size, w->stride,
-                      w->scales + first + n, x, count, w->columns, out + n, ld);
+        tiles_of_rows(format, 1, w, first + n, x, count, out + n, ld);
 }
 
 /* A block of INT4 rows times `tt` rows of x: vectors run along the rows, `half` of them over the low halves of the bytes
@@ -177,6 +216,8 @@ static __attribute__((noinline, unused)) void product(const Matrix *w, int64_t f
     switch (w->format) {
     case FP32: plain_product(FP32, w, first, rows, x, count, out, ld); break;
     case INT8: plain_product(INT8, w, first, rows, x, count, out, ld); break;
+    case BF16: plain_product(BF16, w, first, rows, x, count, out, ld); break;
+    case MXFP8: plain_product(MXFP8, w, first, rows, x, count, out, ld); break;
     case INT4: int4_product(w, first, rows, x, count, out, ld); break;
     }
 }

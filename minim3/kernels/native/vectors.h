@@ -42,6 +42,24 @@ INLINE vec all(float x) { return x - (vec){}; }
 INLINE ivec signed_bytes(const int8_t *x) { return WIDEN(i); }
 INLINE ivec unsigned_bytes(const uint8_t *x) { return WIDEN(u); }
 
+/* LANES numbers of bf16. */
+#if defined(__AVX512F__)
+INLINE vec widened_bf16(const uint16_t *x) {
+    return (vec)((ivec)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)) << 16);
+}
+#elif defined(__AVX2__)
+INLINE vec widened_bf16(const uint16_t *x) {
+    return (vec)((ivec)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)x)) << 16);
+}
+#else
+INLINE vec widened_bf16(const uint16_t *x) {
+    ivec bits;
+    for (int i = 0; i < LANES; i++)
+        bits[i] = x[i] << 16;
+    return (vec)bits;
+}
+#endif
+
 #if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
 #else
