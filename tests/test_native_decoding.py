@@ -23,10 +23,10 @@ from minim3.kernels.native import build
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM
 from minim3.model.decoding import DecodingModel
 from minim3.model.layers import rotary_table
-from minim3.model.native_decoding import NativeDecodingModel, NativeHead
+from minim3.model.native_decoding import NativeDecodingModel, NativeHead, _Known
 from minim3.model.quantization import Quantization, quantize_model
 from minim3.model.quantized import QuantizedExperts, QuantizedLinear
-from minim3.model.weight_formats import int4_layout, quantize
+from minim3.model.weight_formats import MXFP8Matrix, int4_layout, quantize
 from tests import tiny_models
 from tests.test_model_decoding import NEEDS_COMPILER, Steps, cached, compare, embeddings
 
@@ -152,6 +152,21 @@ def test_quantized_weights_are_what_they_stand_for(format: str) -> None:
 
 
 @NEEDS_COMPILER
+@pytest.mark.parametrize("columns", [128, 40, 7])
+def test_every_number_of_mxfp8(columns: int) -> None:
+    """All codes, with scales from one end to the other, in whole vectors and past the last one; NaN shows."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(columns)[: 7 * columns].view(7, columns)
+    codes = torch.where(codes & 127 == 127, 0, codes)
+    scales = torch.tensor([0, 1, 100, 127, 128, 200, native.MOST_SCALE]).byte().unsqueeze(1)
+    matrix = MXFP8Matrix(codes.view(torch.float8_e4m3fn), scales.repeat(1, -(-columns // 32)), columns)
+    known = _Known()
+    assert torch.equal(native.product(known.quantized(matrix), torch.eye(columns)).t(), matrix.dequantize())
+    codes[3, columns - 1] = 255
+    got = native.product(known.quantized(matrix), torch.ones(1, columns))[0]
+    assert got.isnan().tolist() == [n == 3 for n in range(7)]
+
+
+@NEEDS_COMPILER
 def test_what_4_bit_rows_have_no_blocks_for_is_left_to_others() -> None:
     """The second half of an expert's rows would start in the middle of a block."""
     model = tiny_models.text_model(5)
@@ -198,7 +213,7 @@ def test_the_limits_are_those_of_the_c() -> None:
     """Buffers on the stack of C have their sizes: with other limits here they would be overrun."""
     folder = Path(build.__file__).parent
     source = "".join((folder / name).read_text() for name in ("products.h", "attention.h", "step.c"))
-    for name in ("MOST_TOKENS", "MOST_ROWS"):
+    for name in ("MOST_TOKENS", "MOST_ROWS", "MOST_SCALE"):
         (value,) = re.findall(rf"#define {name} (\d+)", source)
         assert int(value) == getattr(native, name)
 

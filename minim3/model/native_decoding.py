@@ -211,6 +211,8 @@ class _Known:
             )  # fmt: skip
         if isinstance(matrix, MXFP8Matrix):
             codes, powers = matrix.codes[first:last], matrix.scales[first:last]
+            if powers.numel() and int(powers.max()) > native.MOST_SCALE:
+                raise _NoForm("MXFP8 scales are past 2^119")
             return native.Matrix(
                 format=native.MXFP8, rows=codes.shape[0], columns=matrix.columns, stride=codes.stride(0),
                 codes=codes.data_ptr(), scales=powers.data_ptr(), group=powers.stride(0),

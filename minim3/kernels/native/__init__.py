@@ -27,6 +27,8 @@ MOST_TOPK = 4096
 """Blocks that a query may choose: they are kept on the stack of C."""
 MOST_ROWS = 32
 """Query heads of a KV head, and index heads."""
+MOST_SCALE = 246
+"""Of MXFP8: larger ones are of weights past 2^119."""
 FP32, INT8, INT4, BF16, MXFP8 = range(5)
 """Formats of a matrix."""
 

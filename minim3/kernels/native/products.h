@@ -24,6 +24,7 @@ typedef struct {
 #define WIDE 6  /* rows of x computed together, at most */
 #define ITEM 16 /* rows of a weight that a thread takes at a time */
 #define MOST_BLOCK 64
+#define MOST_SCALE 246
 #define AHEAD 8 /* rows of a weight that are fetched while others are multiplied */
 
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -39,18 +40,26 @@ INLINE float from_bf16(uint16_t x) {
 
 INLINE vec widened(const int8_t *codes) { return __builtin_convertvector(signed_bytes(codes), vec); }
 
-/* e4m3: the exponent moves by 120; the smallest numbers have none, and count steps of 2^-9. */
+/* Numbers of e4m3 times 2^-8: of the halves (fp16), whose exponent has one bit more, and which know the smallest ones. */
 INLINE vec from_e4m3(const uint8_t *codes) {
+#if defined(__AVX512BW__)
+    const __m256i upper = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i *)codes)), 8);
+    const __m256i half = _mm256_and_si256(_mm256_srai_epi16(upper, 1), _mm256_set1_epi16((short)0xbfff));
+    const __m256i sign = _mm256_set1_epi16((short)0x8000), last = _mm256_set1_epi16((short)0xff00);
+    const __mmask16 none = _mm256_cmpeq_epi16_mask(_mm256_or_si256(upper, sign), last);
+    return (vec)_mm512_mask_blend_ps(none, _mm512_cvtph_ps(half), (__m512)all(NAN));
+#else
     const ivec code = unsigned_bytes(codes), size = code & 127;
-    const ivec normal = (size << 20) + (120 << 23);
-    const vec small = __builtin_convertvector(size, vec) * 0x1p-9f;
-    ivec bits = (ivec)either(size > 7, (vec)normal, small) | (code & 128) << 24;
+    const ivec normal = (size << 20) + (112 << 23);
+    const vec small = __builtin_convertvector(size, vec) * 0x1p-17f;
+    const ivec bits = (ivec)either(size > 7, (vec)normal, small) | (code & 128) << 24;
     return either(size == 127, all(NAN), (vec)bits);
+#endif
 }
 
-/* 2^(scale - 127), the least of which is below the normal numbers. */
+/* 2^(scale - 127), and the 2^8 that the codes lack; of scales up to MOST_SCALE. */
 INLINE float from_e8m0(uint8_t scale) {
-    const uint32_t bits = scale ? (uint32_t)scale << 23 : 1 << 22;
+    const uint32_t bits = (uint32_t)(scale + 8) << 23;
     float value;
     memcpy(&value, &bits, 4);
     return value;
