@@ -39,7 +39,7 @@ class Clock:
         pass
 
 
-def make_checkpoint(folder: Path) -> None:
+def make_checkpoint(folder: Path, format: str = "fp32") -> None:
     """Random weights of a fixed seed, large enough that routing and selection are not ties.
 
     A vision tower of one small layer goes with them, unused: transformers reads the released layout only for the whole
@@ -67,18 +67,19 @@ def make_checkpoint(folder: Path) -> None:
         for parameter in model.text_model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
-    model.save_pretrained(folder, format="fp32")
+    model.save_pretrained(folder, format=format)
 
 
 def prompt(length: int) -> torch.Tensor:
     return torch.randint(3, 4000, (1, length), generator=torch.Generator().manual_seed(length))
 
 
-def load(side: str, folder: Path) -> Any:
+def load(side: str, folder: Path, quantization: str | None = None) -> Any:
     if side == "minim3":
         from minim3.model.causal_lm import MiniMaxM3SparseForConditionalGeneration
 
-        return MiniMaxM3SparseForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        options: dict[str, Any] = {"dtype": torch.float32, "quantization": quantization}
+        return MiniMaxM3SparseForConditionalGeneration.from_pretrained(folder, **options)
     from transformers.models.minimax_m3_vl import modeling_minimax_m3_vl as theirs
 
     return theirs.MiniMaxM3SparseForConditionalGeneration.from_pretrained(
