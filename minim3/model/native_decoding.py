@@ -88,7 +88,7 @@ class NativeDecodingModel:
         None for what has no such form: another step, or a changed model.
         """
         pages = batch.pages
-        if pages is None or batch.num_tokens > native.MOST_TOKENS or max(batch.lengths_q) > native.MOST_OF_A_SEQUENCE:
+        if pages is None or batch.num_tokens > native.most_tokens() or max(batch.lengths_q) > native.MOST_OF_A_SEQUENCE:
             return None
         if inputs_embeds.dtype != torch.float32 or torch.is_grad_enabled():
             return None
@@ -149,7 +149,7 @@ class NativeHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """`[R, H]` -> logits `[R, vocab]`."""
-        if self._of is not None and hidden.shape[0] <= native.MOST_TOKENS and hidden.dtype == torch.float32:
+        if self._of is not None and hidden.shape[0] <= native.most_tokens() and hidden.dtype == torch.float32:
             head = self._model.get_output_embeddings()
             same = head is self._of[0] and self._state(head) == self._of[1]
             if same and not (head._forward_hooks or head._forward_pre_hooks or torch.is_grad_enabled()):

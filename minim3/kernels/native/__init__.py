@@ -9,7 +9,7 @@ be done, portable PyTorch runs instead, and `minim3 info` says so. The structure
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
@@ -19,7 +19,9 @@ from torch import Tensor
 from minim3.kernels.native import build
 
 MOST_TOKENS = 256
-"""New tokens of a step: about where products of many rows are as good elsewhere."""
+"""New tokens of a step without tiles: about where products of many rows are as good elsewhere."""
+MOST_TOKENS_ON_TILES = 2048
+"""On tiles they are better here, and what a step holds has a limit."""
 MOST_OF_A_SEQUENCE = 128
 """New tokens of one sequence: each reads all of its keys, which many of them do better together."""
 MOST_PAIRS = 1 << 20
@@ -54,10 +56,26 @@ def library() -> ctypes.CDLL:
     return found
 
 
-@cache
 def tiles() -> bool:
-    """Whether products of prompts run on tiles of bf16 (AMX), in fp32 still (`tiles.h`)."""
-    return bool(library().minim3_use_tiles(1))
+    """Whether products of many rows run on tiles of bf16 (AMX), in fp32 still (`tiles.h`)."""
+    return bool(_tiles(library()).value)
+
+
+def use_tiles(wanted: bool) -> bool:
+    """Run such products on tiles from now on, or not. Returns whether they do: not all machines have tiles."""
+    _tiles(library())
+    return bool(library().minim3_use_tiles(int(wanted)))
+
+
+@cache
+def _tiles(of: ctypes.CDLL) -> c_int:
+    """The variable that says so, asked for by then."""
+    of.minim3_use_tiles(1)
+    return c_int.in_dll(of, "minim3_tiles")
+
+
+def most_tokens() -> int:
+    return MOST_TOKENS_ON_TILES if tiles() else MOST_TOKENS
 
 
 class Matrix(Structure):
@@ -139,7 +157,7 @@ def _bytes(matrix: Matrix) -> int:
 
 
 def product(matrix: Matrix, x: Tensor) -> Tensor:
-    """fp32 `[T, columns]`, T at most MOST_TOKENS -> `[T, rows]`."""
+    """fp32 `[T, columns]` -> `[T, rows]`."""
     x = x.contiguous()
     out = torch.empty(x.shape[0], matrix.rows)
     threads = _threads(_bytes(matrix), _BYTES_OF_A_PRODUCT)
@@ -169,6 +187,7 @@ class Steps:
             self._dense_bytes += sum(own[count:])
             self._experts.append((experts.per_token, count, own[0]))
         found = library()
+        tiles()
         self._space, self._step = found.minim3_space, found.minim3_step
         self._space.restype, self._step.restype = c_int64, None
         self._model = ctypes.byref(model)

@@ -4,28 +4,12 @@
  * and how many there are, changes no number.
  */
 #include "attention.h"
-
-#define MOST_TOKENS 256 /* of a step */
-#define MOST_SLICE 16  /* of an expert at a time */
+#include "experts.h"
 
 typedef struct {
     const float *scale; /* [H], the weight of the norm plus 1 */
     float eps;
 } Norm;
-
-/* SwiGLU-OAI; `limit` 0: none. */
-typedef struct {
-    float alpha, limit, beta;
-} Activation;
-
-/* Experts, or the one MLP of a dense layer (or the shared expert) as the last of them, which takes every token. */
-typedef struct {
-    int64_t experts, per_token, softmax, shared;
-    const float *router, *bias; /* [experts, H], [experts] */
-    float factor;             /* of the routed weights, which are normalized to one before */
-    Activation act, shared_act;
-    const Matrix *gate_proj, *up_proj, *down_proj; /* [experts + shared] */
-} Experts;
 
 typedef struct {
     Norm before_attention, before_experts;
@@ -59,10 +43,10 @@ typedef struct {
 typedef struct {
     View *views;
     float *x, *normed, *both, *heads, *cos, *sin, *attended, *block_scores, *sums, *largest, *totals;
-    float *logits, *weights, *acts;
-    float *expert_weights;
-    int32_t *chosen, *ids, *start, *expert_tokens;
-    int64_t blocks, shares, width, widest;
+    int32_t *chosen;
+    bf16 *panels; /* of what a projection takes */
+    Listed listed;
+    int64_t blocks, shares, width;
 } Space;
 
 static void *take(char **at, int64_t bytes) {
@@ -97,7 +81,7 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
         longest = most(longest, b->lengths_k[n]);
     s->blocks = ceil_div(longest, block);
     s->shares = most(ceil_div(longest, SPAN), topk);
-    s->width = width, s->widest = widest;
+    s->width = width, s->listed.widest = widest;
     const int64_t t = b->tokens, rows = t * kv_heads * s->shares * (heads / most(kv_heads, 1));
     s->views = take(&at, t * sizeof(View));
     s->x = take(&at, 4 * t * m->hidden);
@@ -112,20 +96,23 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     s->sums = take(&at, 4 * rows * dim);
     s->largest = take(&at, 4 * rows);
     s->totals = take(&at, 4 * rows);
-    s->logits = take(&at, 4 * t * experts);
-    s->ids = take(&at, 4 * t * per_token);
-    s->weights = take(&at, 4 * t * per_token);
-    s->start = take(&at, 4 * (experts + 2));
-    s->expert_tokens = take(&at, 4 * t * per_token);
-    s->expert_weights = take(&at, 4 * t * per_token);
-    s->acts = take(&at, 4 * t * per_token * widest);
+    Listed *e = &s->listed;
+    const int64_t listed = t * per_token, panels = listed / 16 + experts;
+    e->logits = take(&at, 4 * t * experts);
+    e->ids = take(&at, 4 * listed);
+    e->weights = take(&at, 4 * listed);
+    e->start = take(&at, 4 * (experts + 1));
+    e->item = take(&at, 4 * (experts + 1));
+    e->panel = take(&at, 4 * (experts + 1));
+    e->expert_tokens = take(&at, 4 * listed);
+    e->expert_weights = take(&at, 4 * listed);
+    e->acts = take(&at, 4 * listed * widest);
+    s->panels = take(&at, 2 * panels_size(t, most(2 * m->hidden, attended)));
+    e->panel_start = take(&at, t < MANY_ROWS ? 0 : 4 * panels);
+    e->panel_rows = take(&at, t < MANY_ROWS ? 0 : 4 * panels);
+    e->inputs = take(&at, t < MANY_ROWS ? 0 : 2 * panels * panel_size(m->hidden));
+    e->act_panels = take(&at, t < MANY_ROWS ? 0 : 2 * panels * panel_size(widest));
     return at - memory;
-}
-
-/* Rows of a buffer, or those that `index` lists. */
-INLINE void point(const float **rows, const float *x, int64_t stride, const int32_t *index, int64_t count) {
-    for (int64_t i = 0; i < count; i++)
-        rows[i] = x + (index ? index[i] : i) * stride;
 }
 
 static void norm_row(const Norm *norm, const float *x, int64_t size, float *out) {
@@ -145,36 +132,6 @@ static void norm(const Norm *norm, const float *x, int64_t tokens, int64_t size,
 #pragma omp for schedule(static)
     for (int64_t t = 0; t < tokens; t++)
         norm_row(norm, x + t * size, size, out + t * stride);
-}
-
-/* out[t * ld + n] = x[t] . weight[n], or added to it. */
-static void project(const Matrix *weights, int64_t count, const float *x, int64_t stride, int64_t tokens, float *out,
-                    int64_t ld, int add) {
-    int64_t items = 0;
-    for (int64_t m = 0; m < count; m++)
-        items += ceil_div(weights[m].rows, item_rows(weights + m));
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items; item++) {
-        int64_t m = 0, column = 0, place = item;
-        for (; place >= ceil_div(weights[m].rows, item_rows(weights + m)); m++) {
-            place -= ceil_div(weights[m].rows, item_rows(weights + m));
-            column += weights[m].rows;
-        }
-        const Matrix *w = weights + m;
-        const int64_t first = place * item_rows(w), rows = least(item_rows(w), w->rows - first);
-        const float *pointers[MOST_TOKENS];
-        point(pointers, x, stride, 0, tokens);
-        float *to = out + column + first;
-        if (!add) {
-            product(w, first, rows, pointers, tokens, to, ld);
-            continue;
-        }
-        float found[MOST_TOKENS * MOST_BLOCK];
-        product(w, first, rows, pointers, tokens, found, rows);
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t n = 0; n < rows; n++)
-                to[t * ld + n] += found[t * rows + n];
-    }
 }
 
 /* Norms and rotates the heads of the new tokens where they lie, and puts keys and values in their pages. */
@@ -295,121 +252,6 @@ static void attend(const Batch *b, const Layer *l, const Pages *pages, const Spa
     }
 }
 
-/* The experts of a token and their weights, from its logits: the lower number among equals. */
-static void choose_experts(const Experts *e, float *logits, int32_t *ids, float *weights) {
-    float best = -INFINITY, total = 0;
-    for (int64_t i = 0; i < e->experts; i++)
-        best = fmaxf(best, logits[i]);
-    for (int64_t i = 0; i < e->experts; i++)
-        total += logits[i] = e->softmax ? expf(logits[i] - best) : 1.0f / (1.0f + expf(-logits[i]));
-    for (int64_t i = 0; e->softmax && i < e->experts; i++)
-        logits[i] /= total;
-    total = 0;
-    for (int64_t j = 0; j < e->per_token; j++) {
-        int64_t found = -1;
-        float highest = 0;
-        for (int64_t i = 0; i < e->experts; i++) {
-            const float score = logits[i] + (e->bias ? e->bias[i] : 0);
-            int taken = 0;
-            for (int64_t k = 0; k < j; k++)
-                taken |= ids[k] == i;
-            /* NaN ranks highest, as in torch, so that it shows. */
-            if (!taken && (found < 0 || score > highest || (score != score && highest == highest)))
-                found = i, highest = score;
-        }
-        ids[j] = (int32_t)found;
-        total += weights[j] = logits[found];
-    }
-    for (int64_t j = 0; j < e->per_token; j++)
-        weights[j] *= e->factor / total;
-}
-
-/* Tokens and weights by expert: those of expert e are `start[e]..start[e + 1]`. */
-static void group_tokens(const Experts *e, int64_t tokens, const Space *s) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < e->experts; i++) {
-        s->start[i] = (int32_t)count;
-        for (int64_t j = 0; j < tokens * e->per_token; j++)
-            if (s->ids[j] == i) {
-                s->expert_tokens[count] = (int32_t)(j / e->per_token);
-                s->expert_weights[count++] = s->weights[j];
-            }
-    }
-    s->start[e->experts] = (int32_t)count;
-    for (int64_t t = 0; e->shared && t < tokens; t++, count++)
-        s->expert_tokens[count] = (int32_t)t, s->expert_weights[count] = 1.0f;
-    s->start[e->experts + e->shared] = (int32_t)count;
-}
-
-static void swiglu(const Activation *a, const float *gate, const float *up, int64_t size, float *out) {
-    const float limit = a->limit ? a->limit : INFINITY;
-    for (int64_t i = 0; i < size; i += LANES) { /* gate, up and out have room for a whole vector */
-        const vec g = minimum(load(gate + i), all(limit)), u = maximum(minimum(load(up + i), all(limit)), all(-limit));
-        store(out + i, g / (1.0f + exponential(g * -a->alpha)) * (u + a->beta));
-    }
-}
-
-static void add_experts(const Experts *e, const float *normed, int64_t tokens, int64_t hidden, float *x, const Space *s) {
-    const int64_t count = e->experts + e->shared;
-    if (e->experts) {
-        const Matrix router = {FP32, e->experts, hidden, hidden, e->router, 0, 0, 0, 0};
-        project(&router, 1, normed, hidden, tokens, s->logits, e->experts, 0);
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++)
-            choose_experts(e, s->logits + t * e->experts, s->ids + t * e->per_token, s->weights + t * e->per_token);
-    }
-#pragma omp single
-    group_tokens(e, tokens, s);
-    int64_t items = 0;
-    for (int64_t i = 0; i < count; i++)
-        if (s->start[i + 1] > s->start[i])
-            items += ceil_div(e->down_proj[i].columns, item_rows(e->gate_proj + i));
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items; item++) {
-        int64_t i = 0, place = item;
-        for (;; i++) {
-            const int64_t own = s->start[i + 1] > s->start[i] ? ceil_div(e->down_proj[i].columns, item_rows(e->gate_proj + i)) : 0;
-            if (place < own)
-                break;
-            place -= own;
-        }
-        const int64_t width = e->down_proj[i].columns, first = place * item_rows(e->gate_proj + i);
-        const int64_t rows = least(item_rows(e->gate_proj + i), width - first), start = s->start[i];
-        const Activation *act = i < e->experts ? &e->act : &e->shared_act;
-        const float *pointers[MOST_TOKENS];
-        float gate[MOST_SLICE * MOST_BLOCK + LANES], up[MOST_SLICE * MOST_BLOCK + LANES], found[MOST_BLOCK + LANES];
-        for (int64_t from = start; from < s->start[i + 1]; from += MOST_SLICE) {
-            const int64_t n = least(MOST_SLICE, s->start[i + 1] - from);
-            point(pointers, normed, hidden, s->expert_tokens + from, n);
-            product(e->gate_proj + i, first, rows, pointers, n, gate, rows);
-            product(e->up_proj + i, first, rows, pointers, n, up, rows);
-            for (int64_t j = 0; j < n; j++) {
-                swiglu(act, gate + j * rows, up + j * rows, rows, found);
-                memcpy(s->acts + (from + j) * s->widest + first, found, 4 * rows);
-            }
-        }
-    }
-    const int64_t each = item_rows(e->down_proj);
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < ceil_div(hidden, each); item++) {
-        const int64_t first = item * each, rows = least(each, hidden - first);
-        const float *pointers[MOST_TOKENS];
-        float found[MOST_TOKENS * MOST_BLOCK];
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t start = s->start[i], n = s->start[i + 1] - start;
-            if (!n)
-                continue;
-            point(pointers, s->acts + start * s->widest, s->widest, 0, n);
-            product(e->down_proj + i, first, rows, pointers, n, found, rows);
-            for (int64_t j = 0; j < n; j++) {
-                float *to = x + s->expert_tokens[start + j] * hidden + first;
-                for (int64_t d = 0; d < rows; d++)
-                    to[d] += s->expert_weights[start + j] * found[j * rows + d];
-            }
-        }
-    }
-}
-
 static void prepare(const Model *m, const Batch *b, const Space *s) {
     for (int64_t n = 0, t = 0; n < b->sequences; n++)
         for (int64_t i = 0; i < b->lengths_q[n]; i++, t++) {
@@ -425,8 +267,14 @@ static void prepare(const Model *m, const Batch *b, const Space *s) {
 
 /* out [count, rows] = x [count, columns] times the rows of a weight. */
 void minim3_product(const Matrix *w, const float *x, int64_t count, float *out, int64_t threads) {
+    bf16 *panels = on_tiles(w, count) ? aligned_alloc(64, 2 * panels_size(count, w->columns)) : 0;
 #pragma omp parallel num_threads((int)threads)
-    project(w, 1, x, w->columns, count, out, w->rows, 0);
+    {
+        begin_tiles(count);
+        project(w, 1, x, w->columns, panels, count, out, w->rows, 0);
+        end_tiles(count);
+    }
+    free(panels);
 }
 
 int64_t minim3_lanes(void) { return LANES; }
@@ -443,24 +291,26 @@ void minim3_step(const Model *m, const Batch *b, char *memory) {
     const int64_t tokens = b->tokens, hidden = m->hidden;
 #pragma omp parallel num_threads((int)b->threads)
     {
+        begin_tiles(tokens);
         if (m->joint) {
             norm(&m->before_embedding, b->embeds, tokens, hidden, s->both, 2 * hidden);
             norm(&m->before_hidden, b->hidden, tokens, hidden, s->both + hidden, 2 * hidden);
-            project(m->joint, 1, s->both, 2 * hidden, tokens, s->x, hidden, 0);
+            project(m->joint, 1, s->both, 2 * hidden, s->panels, tokens, s->x, hidden, 0);
         }
         for (int64_t n = 0; n < m->layers; n++) {
             const Layer *l = m->layer + n;
             const Pages *pages = b->pages + n;
             norm(&l->before_attention, s->x, tokens, hidden, s->normed, hidden);
-            project(l->project, l->projections, s->normed, hidden, tokens, s->heads, s->width, 0);
+            project(l->project, l->projections, s->normed, hidden, s->panels, tokens, s->heads, s->width, 0);
             finish_heads(m, b, l, pages, s, s->width);
             if (l->selection.topk)
                 select_blocks(b, l, pages, s, s->width);
             attend(b, l, pages, s, s->width);
-            project(l->output, 1, s->attended, l->heads * l->dim, tokens, s->x, hidden, 1);
+            project(l->output, 1, s->attended, l->heads * l->dim, s->panels, tokens, s->x, hidden, 1);
             norm(&l->before_experts, s->x, tokens, hidden, s->normed, hidden);
-            add_experts(&l->experts, s->normed, tokens, hidden, s->x, s);
+            add_experts(&l->experts, s->normed, tokens, hidden, s->x, &s->listed);
         }
         norm(&m->last, s->x, tokens, hidden, b->out, hidden);
+        end_tiles(tokens);
     }
 }

@@ -1,0 +1,181 @@
+/* Rows of a weight times many rows of x, on tiles.
+ *
+ * The rows of the weight are A, split by the thread that multiplies them; those of x are B, split once for all. A step
+ * pairs columns 16 apart, in both alike, which takes fewer instructions than neighbours. What comes out is turned,
+ * [rows of the weight, rows of x]: as SwiGLU's results enter the next product. A number is the same to the bit whatever
+ * other rows are computed with it.
+ */
+#pragma once
+
+#include "products.h"
+#include "tiles.h"
+
+#define MANY_ROWS 16    /* rows of x from which tiles are quicker, FP32 */
+#define MOST_INPUTS 256 /* rows of x multiplied at a time: their products are kept on the stack */
+
+#define PAIR 32         /* rows of either side that are multiplied together */
+
+#if HAVE_TILES
+#define CHUNK 16        /* steps of the weight that are split at a time */
+
+INLINE void begin_tiles(int64_t rows) {
+    if (minim3_tiles && rows >= MANY_ROWS)
+        configure_tiles();
+}
+INLINE void end_tiles(int64_t rows) {
+    if (minim3_tiles && rows >= MANY_ROWS)
+        _tile_release();
+}
+
+INLINE int on_tiles(const Matrix *w, int64_t count) { return minim3_tiles && w->format != INT4 && count >= MANY_ROWS; }
+
+/* Numbers of a panel of so many columns. */
+INLINE int64_t panel_size(int64_t columns) { return minim3_tiles ? ceil_div(columns, DEPTH) * STEP : 0; }
+
+INLINE __mmask16 first_lanes(int64_t count) {
+    return (__mmask16)(count >= LANES ? 0xffff : count > 0 ? (1 << count) - 1 : 0);
+}
+INLINE vec load_first(const float *x, int64_t count) { return (vec)_mm512_maskz_loadu_ps(first_lanes(count), x); }
+
+/* A panel of B, whose columns are up to 16 rows: row r is `index[r]` of x, or r. */
+static void pack_inputs(const float *x, int64_t stride, const int32_t *index, int64_t rows, int64_t columns, bf16 *to) {
+    for (int64_t at = 0; at < columns; at += DEPTH, to += STEP) {
+        vec half[2][SIDE];
+        for (int h = 0; h < 2; h++) {
+            for (int64_t r = 0; r < SIDE; r++)
+                half[h][r] = load_first(r < rows ? x + (index ? index[r] : r) * stride + at + h * LANES : x,
+                                        r < rows ? columns - at - h * LANES : 0);
+            turn_lanes((__m512i *)half[h]);
+        }
+        for (int i = 0; i < SIDE; i++)
+            pack_pair(half[0][i], half[1][i], i, to);
+    }
+}
+
+/* `parts` parts of 32 columns of a row of A. */
+INLINE void pack_columns(const int parts, vec a, vec b, int64_t row, bf16 *to) {
+    for (int p = 0; p < parts; p++, to += PART) {
+        put(to + row * DEPTH, (uvec)_mm512_mask_blend_epi16(0xaaaaaaaau, (__m512i)((uvec)a >> 16), (__m512i)b));
+        a -= (vec)((uvec)a & 0xffff0000u), b -= (vec)((uvec)b & 0xffff0000u);
+    }
+}
+
+/* Two panels of A: the steps `step..step + steps` of PAIR rows of a weight from `first` on, zeros past its end. Codes of
+ * INT8 are numbers of bf16: one part. */
+INLINE void pack_weight(const int format, const Matrix *w, int64_t first, int64_t step, int64_t steps, bf16 *to) {
+    const int parts = format == INT8 ? 1 : 3;
+    const int64_t begin = step * DEPTH, known = w->columns - begin;
+    for (int64_t r = 0; r < PAIR; r++) {
+        bf16 *line = to + r / SIDE * steps * parts * PART;
+        const int64_t count = first + r < w->rows ? known : 0, row = least(first + r, w->rows - 1) * w->stride + begin;
+        for (int64_t s = 0; s < steps; s++, line += parts * PART) {
+            vec half[2];
+            for (int h = 0; h < 2; h++) {
+                const int64_t at = s * DEPTH + h * LANES;
+                if (format == INT8)
+                    half[h] = (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
+                        _mm_maskz_loadu_epi8(first_lanes(count - at), (const int8_t *)w->codes + row + at)));
+                else
+                    half[h] = load_first((const float *)w->codes + row + at, count - at);
+            }
+            pack_columns(parts, half[0], half[1], r % SIDE, line);
+        }
+    }
+}
+
+/* Adds to tiles 0 and 2 the products of two panels of A of `parts` parts and one of B, and to 1 and 3 those of another
+ * of B, if `two`. */
+INLINE void multiply_steps(const int parts, const int two, const bf16 *a, int64_t a_next, const bf16 *b, int64_t b_next,
+                           int64_t steps) {
+#define B_PARTS(p) _tile_loadd(6, b + (p) * PART, 64); if (two) _tile_loadd(7, b + b_next + (p) * PART, 64)
+#define PRODUCTS() _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(2, 5, 6); \
+    if (two) { _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7); }
+    WRITTEN();
+    for (int64_t s = 0; s < steps; s++, a += parts * PART, b += STEP) {
+        A_PART(0); B_PARTS(2); PRODUCTS();
+        B_PARTS(1); PRODUCTS();
+        if (parts > 1) {
+            A_PART(1); PRODUCTS();
+        }
+        B_PARTS(0); PRODUCTS();
+        if (parts > 1) {
+            A_PART(2); PRODUCTS();
+            A_PART(0); PRODUCTS();
+        }
+    }
+}
+
+INLINE void rows_of_format(const int format, const Matrix *w, int64_t first, const bf16 *x, int64_t panels, float *out) {
+    const int parts = format == INT8 ? 1 : 3;
+    const int64_t steps = ceil_div(w->columns, DEPTH), size = steps * STEP;
+    bf16 weight[2 * CHUNK * parts * PART] __attribute__((aligned(64)));
+    for (int64_t step = 0; step < steps; step += CHUNK) {
+        const int64_t n = least(CHUNK, steps - step), next = n * parts * PART;
+        pack_weight(format, w, first, step, n, weight);
+        for (int64_t p = 0; p < panels; p += 2) {
+            const bf16 *by = x + p * size + step * STEP;
+            float *to = out + p * SIDE;
+            step ? load_tiles(to, MOST_INPUTS) : zero_tiles();
+            if (p + 1 < panels)
+                multiply_steps(parts, 1, weight, next, by, size, n);
+            else
+                multiply_steps(parts, 0, weight, next, by, size, n);
+            store_tiles(to, MOST_INPUTS);
+        }
+    }
+    for (int64_t r = 0; format == INT8 && r < least(PAIR, w->rows - first); r++)
+        for (int64_t t = 0; t < panels * SIDE; t += LANES)
+            store(out + r * MOST_INPUTS + t, load(out + r * MOST_INPUTS + t) * from_bf16(w->scales[first + r]));
+}
+
+/* out[n * MOST_INPUTS + t] = row `first + n` of the weight times row t of x, PAIR and up to MOST_INPUTS rows. */
+static __attribute__((noinline)) void tile_rows(const Matrix *w, int64_t first, const bf16 *x, int64_t panels, float *out) {
+    w->format == INT8 ? rows_of_format(INT8, w, first, x, panels, out) : rows_of_format(FP32, w, first, x, panels, out);
+}
+
+/* Hands such products out: out[t * ld + n], or added to row `index[t]`, times `factor[t]` where they are given. */
+static void turn_out(const float *found, int64_t rows, int64_t count, float *out, int64_t ld, int add, const int32_t *index,
+                     const float *factor) {
+    for (int64_t t = 0; t < count; t += SIDE)
+        for (int64_t n = 0; n < least(rows, PAIR); n += SIDE) {
+            const __mmask16 known = first_lanes(rows - n);
+            vec lane[SIDE];
+            for (int i = 0; i < SIDE; i++)
+                lane[i] = load(found + (n + i) * MOST_INPUTS + t);
+            turn_lanes((__m512i *)lane);
+            for (int64_t j = 0; j < least(SIDE, count - t); j++) {
+                float *to = out + (index ? index[t + j] : t + j) * ld + n;
+                vec value = factor ? lane[j] * factor[t + j] : lane[j];
+                if (add)
+                    value += (vec)_mm512_maskz_loadu_ps(known, to);
+                _mm512_mask_storeu_ps(to, known, (__m512)value);
+            }
+        }
+}
+
+/* out rows = x times rows `first...` of a weight, or added to them. x: panels of `count` rows. */
+static void tile_product(const Matrix *w, int64_t first, const bf16 *x, int64_t count, float *out, int64_t ld, int add,
+                         const int32_t *index, const float *factor) {
+    float found[PAIR * MOST_INPUTS] __attribute__((aligned(64)));
+    for (int64_t from = 0; from < count; from += MOST_INPUTS) {
+        const int64_t n = least(MOST_INPUTS, count - from);
+        tile_rows(w, first, x + from / SIDE * panel_size(w->columns), ceil_div(n, SIDE), found);
+        turn_out(found, w->rows - first, n, out + (index ? 0 : from * ld), ld, add, index ? index + from : 0,
+                 factor ? factor + from : 0);
+    }
+}
+#else
+typedef uint16_t bf16;
+INLINE void begin_tiles(int64_t rows) {}
+INLINE void end_tiles(int64_t rows) {}
+INLINE int on_tiles(const Matrix *w, int64_t count) { return 0; }
+INLINE int64_t panel_size(int64_t columns) { return 0; }
+INLINE void pack_inputs(const float *x, int64_t stride, const int32_t *index, int64_t rows, int64_t columns, bf16 *to) {}
+INLINE void tile_product(const Matrix *w, int64_t first, const bf16 *x, int64_t count, float *out, int64_t ld, int add,
+                         const int32_t *index, const float *factor) {}
+#endif
+
+/* Numbers of the panels of so many rows of x, as far as tiles are in use. */
+INLINE int64_t panels_size(int64_t rows, int64_t columns) {
+    return rows >= MANY_ROWS ? ceil_div(rows, 16) * panel_size(columns) : 0;
+}
