@@ -1,7 +1,11 @@
 /* The experts of a layer: routing, and their products with the tokens that chose them. */
 #pragma once
 
+#include <omp.h>
+
 #include "projection.h"
+
+#define MOST_PAIRS 4 /* times PAIR rows of down projections that are split together */
 
 /* SwiGLU-OAI; `limit` 0: none. */
 typedef struct {
@@ -17,14 +21,13 @@ typedef struct {
     const Matrix *gate_proj, *up_proj, *down_proj; /* [experts + shared] */
 } Experts;
 
-/* Buffers: what expert i has begins at `start[i]` in the lists of tokens, at `item[i]` in the work of the first two
- * products, and at `panel[i]` in the panels, if it runs on tiles. */
+/* Buffers. Expert i has the tokens from `start[i]` on, the items from `item[i]` on in the work of the first two products,
+ * and the panels from `panel[i]` on, if it runs on tiles. */
 typedef struct {
     float *logits, *weights, *acts, *expert_weights;
     int32_t *ids, *start, *item, *panel, *expert_tokens;
-    int32_t *panel_start, *panel_rows; /* of each panel, its first row and their number */
-    bf16 *inputs, *act_panels;
-    int64_t widest;
+    bf16 *act_panels, *scratch; /* scratch: of each thread */
+    int64_t widest, scratch_size;
 } Listed;
 
 /* The experts of a token and their weights, from its logits: the lower number among equals. */
@@ -60,28 +63,41 @@ INLINE int expert_on_tiles(const Experts *e, int64_t i, int64_t count) {
     return on_tiles(e->gate_proj + i, count) && on_tiles(e->up_proj + i, count) && on_tiles(e->down_proj + i, count);
 }
 
-/* Where the lists of expert i begin that has so many tokens, after those before it. */
-INLINE void begin_expert(const Experts *e, int64_t i, int64_t count, int64_t *panels, const Listed *s) {
+INLINE int64_t steps_of(const Experts *e, int64_t i) { return ceil_div(e->down_proj[i].columns, PAIR); }
+
+/* Into how many pieces the width of expert i is cut on tiles, each of which packs its inputs: one, unless threads would
+ * have nothing to do. */
+INLINE int64_t pieces_of(const Experts *e, int64_t i) {
+    return least(steps_of(e, i), ceil_div(2 * omp_get_num_threads(), e->experts + 1));
+}
+
+/* Rows of the down projections that a thread takes at a time where some run on tiles. */
+INLINE int64_t rows_of_down(const Experts *e, int64_t hidden) {
+    return PAIR * most(1, least(MOST_PAIRS, hidden / (2 * PAIR * omp_get_num_threads())));
+}
+
+/* Where the lists begin of what follows expert i, which has so many tokens. */
+INLINE void list_expert(const Experts *e, int64_t i, int64_t count, const Listed *s) {
+    const int64_t width = e->down_proj[i].columns, hidden = e->gate_proj[i].columns;
     const int tiles = expert_on_tiles(e, i, count);
-    const int64_t each = tiles ? PAIR : item_rows(e->gate_proj + i), width = e->down_proj[i].columns;
+    int64_t items = count ? ceil_div(width, item_rows(e->gate_proj + i)) : 0;
+    if (tiles)
+        items = ceil_div(count, rows_of_chunk(count, hidden)) * pieces_of(e, i);
     s->start[i + 1] = s->start[i] + (int32_t)count;
-    s->item[i + 1] = s->item[i] + (int32_t)(count ? ceil_div(width, each) : 0);
-    s->panel[i] = (int32_t)*panels;
-    for (int64_t n = 0; tiles && n < count; n += 16, ++*panels)
-        s->panel_start[*panels] = (int32_t)(s->start[i] + n), s->panel_rows[*panels] = (int32_t)least(16, count - n);
+    s->item[i + 1] = s->item[i] + (int32_t)items;
+    s->panel[i + 1] = s->panel[i] + (int32_t)(tiles ? ceil_div(count, 16) : 0);
 }
 
 /* Tokens and weights by expert, in the order of the tokens. */
 static void group_tokens(const Experts *e, int64_t tokens, const Listed *s) {
     const int64_t listed = tokens * e->per_token;
     int32_t next[e->experts + 1];
-    int64_t panels = 0;
     memset(next, 0, sizeof next);
     for (int64_t j = 0; j < listed; j++)
         next[s->ids[j]]++;
-    s->start[0] = s->item[0] = 0;
+    s->start[0] = s->item[0] = s->panel[0] = 0;
     for (int64_t i = 0; i < e->experts; i++) {
-        begin_expert(e, i, next[i], &panels, s);
+        list_expert(e, i, next[i], s);
         next[i] = s->start[i];
     }
     for (int64_t j = 0; j < listed; j++) {
@@ -89,10 +105,9 @@ static void group_tokens(const Experts *e, int64_t tokens, const Listed *s) {
         s->expert_tokens[place] = (int32_t)(j / e->per_token), s->expert_weights[place] = s->weights[j];
     }
     if (e->shared)
-        begin_expert(e, e->experts, tokens, &panels, s);
+        list_expert(e, e->experts, tokens, s);
     for (int64_t t = 0; e->shared && t < tokens; t++)
         s->expert_tokens[listed + t] = (int32_t)t, s->expert_weights[listed + t] = 1.0f;
-    s->panel[e->experts + e->shared] = (int32_t)panels;
 }
 
 /* SwiGLU of a vector, NaN stays. */
@@ -122,21 +137,28 @@ static void activate(const Experts *e, int64_t i, int64_t first, int64_t rows, c
     }
 }
 
-/* The same on tiles, for PAIR rows: they are a step of the next product. */
-static void tile_activate(const Experts *e, int64_t i, int64_t first, const bf16 *inputs, bf16 *acts, int64_t panels) {
+/* The same on tiles for `count` of its tokens from number `from` on, and `steps` times PAIR rows: each PAIR of them is a step
+ * of the next product. */
+static void tile_activate(const Experts *e, int64_t i, int64_t from, int64_t count, int64_t step, int64_t steps,
+                          const float *normed, const Listed *s) {
 #if HAVE_TILES
     const Activation *act = i < e->experts ? &e->act : &e->shared_act;
-    const int64_t hidden_size = panel_size(e->gate_proj[i].columns), size = panel_size(e->down_proj[i].columns);
+    const int64_t hidden = e->gate_proj[i].columns, input_size = panel_size(hidden), panels = ceil_div(count, SIDE);
+    const int64_t size = panel_size(e->down_proj[i].columns);
     float gate[PAIR * MOST_INPUTS] __attribute__((aligned(64))), up[PAIR * MOST_INPUTS] __attribute__((aligned(64)));
-    for (int64_t p = 0; p < panels; p += MOST_INPUTS / SIDE) {
-        const int64_t n = least(MOST_INPUTS / SIDE, panels - p);
-        tile_rows(e->gate_proj + i, first, inputs + p * hidden_size, n, gate);
-        tile_rows(e->up_proj + i, first, inputs + p * hidden_size, n, up);
-        for (int64_t k = 0; k < n; k++)
+    bf16 *inputs = s->scratch + omp_get_thread_num() * s->scratch_size;
+    bf16 *acts = s->act_panels + s->panel[i] * panel_size(s->widest) + from / SIDE * size;
+    for (int64_t p = 0; p < panels; p++)
+        pack_inputs(normed, hidden, s->expert_tokens + s->start[i] + from + p * SIDE, least(SIDE, count - p * SIDE), hidden,
+                    inputs + p * input_size);
+    for (int64_t n = step; n < step + steps; n++) {
+        tile_rows(e->gate_proj + i, n * PAIR, inputs, panels, gate);
+        tile_rows(e->up_proj + i, n * PAIR, inputs, panels, up);
+        for (int64_t p = 0; p < panels; p++)
             for (int64_t r = 0; r < SIDE; r++) {
-                const int64_t at = r * MOST_INPUTS + k * SIDE, next = at + SIDE * MOST_INPUTS;
-                pack_pair(activated(act, load(gate + at), load(up + at)), activated(act, load(gate + next), load(up + next)),
-                          r, acts + (p + k) * size + first * (STEP / DEPTH));
+                const int64_t at = r * MOST_INPUTS + p * SIDE, next = at + SIDE * MOST_INPUTS;
+                const vec first = activated(act, load(gate + at), load(up + at));
+                pack_pair(first, activated(act, load(gate + next), load(up + next)), r, acts + p * size + n * STEP);
             }
     }
 #endif
@@ -161,43 +183,42 @@ static void add_down(const Experts *e, int64_t i, int64_t first, int64_t rows, f
 
 /* Stages: x += the experts of `normed`, both [tokens, hidden]. A token gets its experts in their order. */
 static void add_experts(const Experts *e, const float *normed, int64_t tokens, int64_t hidden, float *x, const Listed *s) {
-    const int64_t count = e->experts + e->shared, size = panel_size(hidden);
+    const int64_t count = e->experts + e->shared;
     if (e->experts) {
         const Matrix router = {FP32, e->experts, hidden, hidden, e->router, 0, 0, 0, 0};
-        project(&router, 1, normed, hidden, s->inputs, tokens, s->logits, e->experts, 0);
+        project(&router, 1, normed, hidden, 0, tokens, s->logits, e->experts, 0);
 #pragma omp for schedule(static)
         for (int64_t t = 0; t < tokens; t++)
             choose_experts(e, s->logits + t * e->experts, s->ids + t * e->per_token, s->weights + t * e->per_token);
     }
 #pragma omp single
     group_tokens(e, tokens, s);
-    const int64_t panels = s->panel[count];
-    if (panels) {
-#pragma omp for schedule(static)
-        for (int64_t n = 0; n < panels; n++)
-            pack_inputs(normed, hidden, s->expert_tokens + s->panel_start[n], s->panel_rows[n], hidden, s->inputs + n * size);
-    }
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < s->item[count]; item++) {
         int64_t i = 0;
         while (s->item[i + 1] <= item)
             i++;
-        const int64_t place = item - s->item[i], here = s->panel[i + 1] - s->panel[i], width = e->down_proj[i].columns;
-        const int64_t each = item_rows(e->gate_proj + i), act_size = panel_size(s->widest);
-        if (here)
-            tile_activate(e, i, place * PAIR, s->inputs + s->panel[i] * size, s->act_panels + s->panel[i] * act_size, here);
-        else
-            activate(e, i, place * each, least(each, width - place * each), normed, hidden, s);
+        const int64_t place = item - s->item[i], here = s->start[i + 1] - s->start[i];
+        if (s->panel[i + 1] > s->panel[i]) {
+            const int64_t pieces = pieces_of(e, i), each = ceil_div(steps_of(e, i), pieces), step = place % pieces * each;
+            const int64_t chunk = rows_of_chunk(here, hidden), from = place / pieces * chunk;
+            tile_activate(e, i, from, least(chunk, here - from), step, least(each, steps_of(e, i) - step), normed, s);
+        } else {
+            const int64_t each = item_rows(e->gate_proj + i), first = place * each;
+            activate(e, i, first, least(each, e->down_proj[i].columns - first), normed, hidden, s);
+        }
     }
-    const int64_t each = panels ? most(PAIR, item_rows(e->down_proj)) : item_rows(e->down_proj);
+    const int64_t each = s->panel[count] ? rows_of_down(e, hidden) : item_rows(e->down_proj);
 #pragma omp for schedule(dynamic)
     for (int64_t item = 0; item < ceil_div(hidden, each); item++)
         for (int64_t i = 0; i < count; i++) {
             const int64_t first = item * each, rows = least(each, hidden - first), start = s->start[i];
-            if (s->panel[i + 1] == s->panel[i])
-                add_down(e, i, first, rows, x, hidden, s);
-            for (int64_t n = first; s->panel[i + 1] > s->panel[i] && n < first + rows; n += PAIR)
-                tile_product(e->down_proj + i, n, s->act_panels + s->panel[i] * panel_size(s->widest),
-                             s->start[i + 1] - start, x + n, hidden, 1, s->expert_tokens + start, s->expert_weights + start);
+            if (s->panel[i + 1] > s->panel[i])
+                tile_add(e->down_proj + i, first, ceil_div(rows, PAIR), s->act_panels + s->panel[i] * panel_size(s->widest),
+                         s->start[i + 1] - start, s->scratch + omp_get_thread_num() * s->scratch_size, x + first, hidden,
+                         s->expert_tokens + start, s->expert_weights + start);
+            else
+                for (int64_t n = 0; n < rows; n += MOST_BLOCK)
+                    add_down(e, i, first + n, least(MOST_BLOCK, rows - n), x, hidden, s);
         }
 }

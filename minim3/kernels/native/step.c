@@ -97,7 +97,8 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     s->largest = take(&at, 4 * rows);
     s->totals = take(&at, 4 * rows);
     Listed *e = &s->listed;
-    const int64_t listed = t * per_token, panels = listed / 16 + experts;
+    const int64_t listed = t * per_token, most_columns = most(2 * m->hidden, attended);
+    const int tiles = t >= MANY_ROWS;
     e->logits = take(&at, 4 * t * experts);
     e->ids = take(&at, 4 * listed);
     e->weights = take(&at, 4 * listed);
@@ -107,11 +108,10 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     e->expert_tokens = take(&at, 4 * listed);
     e->expert_weights = take(&at, 4 * listed);
     e->acts = take(&at, 4 * listed * widest);
-    s->panels = take(&at, 2 * panels_size(t, most(2 * m->hidden, attended)));
-    e->panel_start = take(&at, t < MANY_ROWS ? 0 : 4 * panels);
-    e->panel_rows = take(&at, t < MANY_ROWS ? 0 : 4 * panels);
-    e->inputs = take(&at, t < MANY_ROWS ? 0 : 2 * panels * panel_size(m->hidden));
-    e->act_panels = take(&at, t < MANY_ROWS ? 0 : 2 * panels * panel_size(widest));
+    e->scratch_size = most(most_rows(m->hidden) / 16 * panel_size(m->hidden), 2 * MOST_PAIRS * panel_size(widest));
+    e->scratch = take(&at, tiles ? 2 * b->threads * e->scratch_size : 0);
+    e->act_panels = take(&at, tiles ? 2 * (listed / 16 + experts) * panel_size(widest) : 0);
+    s->panels = take(&at, tiles ? 2 * panels_size(t, most_columns) : 0);
     return at - memory;
 }
 

@@ -10,10 +10,10 @@
 #include "products.h"
 #include "tiles.h"
 
-#define MANY_ROWS 16    /* rows of x from which tiles are quicker, FP32 */
-#define MOST_INPUTS 256 /* rows of x multiplied at a time: their products are kept on the stack */
-
-#define PAIR 32         /* rows of either side that are multiplied together */
+#define MANY_ROWS 16          /* rows of x from which tiles are quicker, FP32 */
+#define MOST_INPUTS 256       /* rows of x multiplied at a time: their products are kept on the stack */
+#define MOST_CACHED (1 << 20) /* bytes of them, which the second cache keeps while rows of the weight go by */
+#define PAIR 32               /* rows of either side that are multiplied together */
 
 #if HAVE_TILES
 #define CHUNK 16        /* steps of the weight that are split at a time */
@@ -105,6 +105,13 @@ INLINE void multiply_steps(const int parts, const int two, const bf16 *a, int64_
     }
 }
 
+/* Codes are scaled where they have been summed. */
+INLINE void scale_rows(const int format, const Matrix *w, int64_t first, float *found, int64_t stride, int64_t count) {
+    for (int64_t r = 0; format == INT8 && r < least(PAIR, w->rows - first); r++)
+        for (int64_t t = 0; t < count; t += LANES)
+            store(found + r * stride + t, load(found + r * stride + t) * from_bf16(w->scales[first + r]));
+}
+
 INLINE void rows_of_format(const int format, const Matrix *w, int64_t first, const bf16 *x, int64_t panels, float *out) {
     const int parts = format == INT8 ? 1 : 3;
     const int64_t steps = ceil_div(w->columns, DEPTH), size = steps * STEP;
@@ -123,9 +130,7 @@ INLINE void rows_of_format(const int format, const Matrix *w, int64_t first, con
             store_tiles(to, MOST_INPUTS);
         }
     }
-    for (int64_t r = 0; format == INT8 && r < least(PAIR, w->rows - first); r++)
-        for (int64_t t = 0; t < panels * SIDE; t += LANES)
-            store(out + r * MOST_INPUTS + t, load(out + r * MOST_INPUTS + t) * from_bf16(w->scales[first + r]));
+    scale_rows(format, w, first, out, MOST_INPUTS, panels * SIDE);
 }
 
 /* out[n * MOST_INPUTS + t] = row `first + n` of the weight times row t of x, PAIR and up to MOST_INPUTS rows. */
@@ -133,36 +138,63 @@ static __attribute__((noinline)) void tile_rows(const Matrix *w, int64_t first, 
     w->format == INT8 ? rows_of_format(INT8, w, first, x, panels, out) : rows_of_format(FP32, w, first, x, panels, out);
 }
 
-/* Hands such products out: out[t * ld + n], or added to row `index[t]`, times `factor[t]` where they are given. */
-static void turn_out(const float *found, int64_t rows, int64_t count, float *out, int64_t ld, int add, const int32_t *index,
-                     const float *factor) {
+/* Turns `rows` times `count` such products, at most PAIR of either, and stores them: out[t * ld + n]; or adds them, to row
+ * `index[t]` and times `factor[t]` where these are given. */
+INLINE void turn_out(const float *found, int64_t stride, int64_t rows, int64_t count, float *out, int64_t ld, int add,
+                     const int32_t *index, const float *factor) {
     for (int64_t t = 0; t < count; t += SIDE)
         for (int64_t n = 0; n < least(rows, PAIR); n += SIDE) {
             const __mmask16 known = first_lanes(rows - n);
             vec lane[SIDE];
             for (int i = 0; i < SIDE; i++)
-                lane[i] = load(found + (n + i) * MOST_INPUTS + t);
+                lane[i] = load(found + (n + i) * stride + t);
             turn_lanes((__m512i *)lane);
             for (int64_t j = 0; j < least(SIDE, count - t); j++) {
                 float *to = out + (index ? index[t + j] : t + j) * ld + n;
-                vec value = factor ? lane[j] * factor[t + j] : lane[j];
-                if (add)
-                    value += (vec)_mm512_maskz_loadu_ps(known, to);
+                const vec before = add ? (vec)_mm512_maskz_loadu_ps(known, to) : (vec){};
+                const vec value = factor ? before + lane[j] * factor[t + j] : before + lane[j];
                 _mm512_mask_storeu_ps(to, known, (__m512)value);
             }
         }
 }
 
-/* out rows = x times rows `first...` of a weight, or added to them. x: panels of `count` rows. */
-static void tile_product(const Matrix *w, int64_t first, const bf16 *x, int64_t count, float *out, int64_t ld, int add,
-                         const int32_t *index, const float *factor) {
+/* out[t * ld + n] = row `first + n` of a weight times row t of x, PAIR and up to MOST_INPUTS rows; or added. */
+static void tile_product(const Matrix *w, int64_t first, const bf16 *x, int64_t count, float *out, int64_t ld, int add) {
     float found[PAIR * MOST_INPUTS] __attribute__((aligned(64)));
-    for (int64_t from = 0; from < count; from += MOST_INPUTS) {
-        const int64_t n = least(MOST_INPUTS, count - from);
-        tile_rows(w, first, x + from / SIDE * panel_size(w->columns), ceil_div(n, SIDE), found);
-        turn_out(found, w->rows - first, n, out + (index ? 0 : from * ld), ld, add, index ? index + from : 0,
-                 factor ? factor + from : 0);
-    }
+    tile_rows(w, first, x, ceil_div(count, SIDE), found);
+    turn_out(found, MOST_INPUTS, w->rows - first, count, out, ld, add, 0, 0);
+}
+
+INLINE void add_pairs(const int format, const Matrix *w, int64_t first, int64_t pairs, const bf16 *x, int64_t count,
+                      bf16 *weight, float *out, int64_t ld, const int32_t *index, const float *factor) {
+    const int parts = format == INT8 ? 1 : 3;
+    const int64_t steps = ceil_div(w->columns, DEPTH), size = steps * STEP, next = steps * parts * PART;
+    float found[PAIR * PAIR] __attribute__((aligned(64)));
+    for (int64_t n = 0; n < pairs; n++)
+        pack_weight(format, w, first + n * PAIR, 0, steps, weight + 2 * n * next);
+    for (int64_t t = 0; t < count; t += PAIR, x += 2 * size)
+        for (int64_t n = 0; n < pairs; n++) {
+            const int64_t row = first + n * PAIR;
+            zero_tiles();
+            if (count - t > SIDE)
+                multiply_steps(parts, 1, weight + 2 * n * next, next, x, size, steps);
+            else
+                multiply_steps(parts, 0, weight + 2 * n * next, next, x, size, steps);
+            store_tiles(found, PAIR);
+            scale_rows(format, w, row, found, PAIR, least(PAIR, count - t));
+            turn_out(found, PAIR, w->rows - row, least(PAIR, count - t), out + n * PAIR, ld, 1, index + t, factor + t);
+        }
+}
+
+/* out[index[t] * ld + n] += factor[t] * row `first + n` of a weight times row t of x, for `pairs` times PAIR rows, which
+ * are split once, at `weight`: x is read once. */
+static __attribute__((noinline)) void tile_add(const Matrix *w, int64_t first, int64_t pairs, const bf16 *x, int64_t count,
+                                               bf16 *weight, float *out, int64_t ld, const int32_t *index,
+                                               const float *factor) {
+    if (w->format == INT8)
+        add_pairs(INT8, w, first, pairs, x, count, weight, out, ld, index, factor);
+    else
+        add_pairs(FP32, w, first, pairs, x, count, weight, out, ld, index, factor);
 }
 #else
 typedef uint16_t bf16;
@@ -171,11 +203,20 @@ INLINE void end_tiles(int64_t rows) {}
 INLINE int on_tiles(const Matrix *w, int64_t count) { return 0; }
 INLINE int64_t panel_size(int64_t columns) { return 0; }
 INLINE void pack_inputs(const float *x, int64_t stride, const int32_t *index, int64_t rows, int64_t columns, bf16 *to) {}
-INLINE void tile_product(const Matrix *w, int64_t first, const bf16 *x, int64_t count, float *out, int64_t ld, int add,
-                         const int32_t *index, const float *factor) {}
+INLINE void tile_product(const Matrix *w, int64_t first, const bf16 *x, int64_t count, float *out, int64_t ld, int add) {}
+INLINE void tile_add(const Matrix *w, int64_t first, int64_t pairs, const bf16 *x, int64_t count, bf16 *weight, float *out,
+                     int64_t ld, const int32_t *index, const float *factor) {}
 #endif
 
 /* Numbers of the panels of so many rows of x, as far as tiles are in use. */
 INLINE int64_t panels_size(int64_t rows, int64_t columns) {
     return rows >= MANY_ROWS ? ceil_div(rows, 16) * panel_size(columns) : 0;
+}
+
+/* Rows of x that are multiplied at a time, at most, and of so many: whole panels, alike in number. */
+INLINE int64_t most_rows(int64_t columns) {
+    return least(MOST_INPUTS, most(PAIR, MOST_CACHED / (6 * columns) / PAIR * PAIR));
+}
+INLINE int64_t rows_of_chunk(int64_t rows, int64_t columns) {
+    return ceil_div(ceil_div(rows, ceil_div(rows, most_rows(columns))), 16) * 16;
 }
