@@ -1,6 +1,8 @@
 /* Stages of products: all threads of a parallel region come here together. */
 #pragma once
 
+#include <omp.h>
+
 #include "tile_products.h"
 
 #define MOST_SLICE 64 /* rows of x that pointers are made for at a time */
@@ -47,7 +49,8 @@ static void project(const Matrix *weights, int64_t count, const float *x, int64_
     for (int64_t m = 0; m < count; m++)
         blocks += ceil_div(weights[m].rows, tiles ? PAIR : item_rows(weights + m));
     const int64_t chunk = tiles ? rows_of_chunk(tokens, columns) : MOST_SLICE, chunks = ceil_div(tokens, chunk);
-#pragma omp for schedule(dynamic)
+    const int run = tiles && blocks * chunks >= 32 * omp_get_num_threads() ? 4 : 1;
+#pragma omp for schedule(dynamic, run)
     for (int64_t item = 0; item < blocks * chunks; item++) {
         /* On tiles the weights go by while a chunk of x stays in the cache, without them it is the other way round. */
         int64_t m = 0, column = 0, block = tiles ? item % blocks : item / chunks;

@@ -46,7 +46,8 @@ typedef struct {
     int32_t *chosen;
     bf16 *panels; /* of what a projection takes */
     Listed listed;
-    int64_t blocks, shares, width;
+    int32_t *run; /* tokens of one sequence whose attention is computed together: run n is `run[n]..run[n + 1]` */
+    int64_t blocks, shares, width, runs, run_tokens;
 } Space;
 
 static void *take(char **at, int64_t bytes) {
@@ -59,7 +60,7 @@ static void *take(char **at, int64_t bytes) {
 static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     char *at = memory;
     int64_t width = 0, heads = 0, attended = 0, dim = 0, kv_heads = 0, index_heads = 0, topk = 0, widest = 0, experts = 0;
-    int64_t per_token = 0, block = 1 << 30;
+    int64_t per_token = 0, block = 1 << 30, group = 1;
     for (int64_t n = 0; n < m->layers; n++) {
         const Layer *l = m->layer + n;
         const Experts *e = &l->experts;
@@ -68,6 +69,7 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
             all += l->project[i].rows;
         width = most(width, all);
         heads = most(heads, l->heads), kv_heads = most(kv_heads, l->kv_heads), dim = most(dim, l->dim);
+        group = most(group, l->heads / l->kv_heads);
         index_heads = most(index_heads, l->index_heads), topk = most(topk, l->selection.topk);
         if (l->selection.topk)
             block = least(block, l->selection.block);
@@ -83,7 +85,9 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     s->shares = most(ceil_div(longest, SPAN), topk);
     s->width = width, s->listed.widest = widest;
     const int64_t t = b->tokens, rows = t * kv_heads * s->shares * (heads / most(kv_heads, 1));
+    s->run_tokens = most(1, MOST_ROWS / group);
     s->views = take(&at, t * sizeof(View));
+    s->run = take(&at, 4 * (t + 1));
     s->x = take(&at, 4 * t * m->hidden);
     s->normed = take(&at, 4 * t * m->hidden);
     s->both = take(&at, m->joint ? 8 * t * m->hidden : 0);
@@ -202,36 +206,56 @@ static void select_blocks(const Batch *b, const Layer *l, const Pages *pages, co
     }
 }
 
+/* Where the share of a token is kept, empty. */
+INLINE Share empty_share(const Layer *l, const Space *s, int64_t t, int64_t head, int64_t n) {
+    const int64_t group = l->heads / l->kv_heads, row = ((t * l->kv_heads + head) * s->shares + n) * group;
+    const Share share = {s->sums + row * l->dim, s->largest + row, s->totals + row};
+    memset(share.sum, 0, 4 * group * l->dim);
+    for (int64_t g = 0; g < group; g++)
+        share.largest[g] = -INFINITY, share.total[g] = 0;
+    return share;
+}
+
+/* One share of the keys of one KV head, for tokens of one sequence; together, where all attend all keys. */
+static void attend_share(const Layer *l, const Pages *pages, const Space *s, int64_t ld, int64_t t, int64_t tokens,
+                         int64_t head, int64_t n) {
+    const Selection *how = &l->selection;
+    const View *views = s->views + t;
+    const int64_t dim = l->dim, group = l->heads / l->kv_heads, each = how->topk ? most(1, SPAN / how->block) : 0;
+    const float *q[MOST_ROWS];
+    Share shares[MOST_ROWS];
+    if (tokens > 1 && chooses(l, views + tokens - 1)) {
+        for (int64_t i = 0; i < tokens; i++)
+            attend_share(l, pages, s, ld, t + i, 1, head, n);
+        return;
+    }
+    const int sparse = chooses(l, views);
+    if (sparse ? n * each >= how->topk : n * SPAN >= views[tokens - 1].visible)
+        return;
+    for (int64_t i = 0; i < tokens; i++) {
+        point(q + i * group, s->heads + (t + i) * ld + head * group * dim, dim, 0, group);
+        shares[i] = empty_share(l, s, t + i, head, n);
+    }
+    if (!sparse) {
+        attend_keys(views, tokens, n * SPAN, (n + 1) * SPAN, pages, l->kv_heads, head, q, group, dim, shares);
+        return;
+    }
+    const int32_t *ids = s->chosen + (t * l->index_heads + head) * how->topk;
+    for (int64_t i = n * each; i < least((n + 1) * each, how->topk); i++)
+        attend_keys(views, 1, ids[i] * how->block, (ids[i] + 1) * how->block, pages, l->kv_heads, head, q, group, dim, shares);
+}
+
 /* Attention in shares of SPAN keys or one block, whichever is more, which are put together in their order. */
 static void attend(const Batch *b, const Layer *l, const Pages *pages, const Space *s, int64_t ld) {
     const Selection *how = &l->selection;
     const int64_t dim = l->dim, group = l->heads / l->kv_heads, each = how->topk ? most(1, SPAN / how->block) : 0;
-    const int64_t entries = b->tokens * l->kv_heads;
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < entries * s->shares; item++) {
-        const int64_t entry = item / s->shares, n = item % s->shares, t = entry / l->kv_heads, h = entry % l->kv_heads;
-        const View *view = s->views + t;
-        const int sparse = chooses(l, view);
-        if (sparse ? n * each >= how->topk : n * SPAN >= view->visible)
-            continue;
-        const int64_t row = item * group;
-        const Share share = {s->sums + row * dim, s->largest + row, s->totals + row};
-        const float *q[MOST_ROWS];
-        point(q, s->heads + t * ld + h * group * dim, dim, 0, group);
-        memset(share.sum, 0, 4 * group * dim);
-        for (int64_t g = 0; g < group; g++)
-            share.largest[g] = -INFINITY, share.total[g] = 0;
-        if (!sparse) {
-            attend_keys(view, n * SPAN, least((n + 1) * SPAN, view->visible), pages, l->kv_heads, h, q, group, dim, &share);
-            continue;
-        }
-        const int32_t *ids = s->chosen + (t * l->index_heads + h) * how->topk;
-        for (int64_t i = n * each; i < least((n + 1) * each, how->topk); i++)
-            attend_keys(view, ids[i] * how->block, least((ids[i] + 1) * how->block, view->visible), pages, l->kv_heads, h,
-                        q, group, dim, &share);
+    for (int64_t item = 0; item < s->runs * l->kv_heads * s->shares; item++) {
+        const int64_t run = item / (l->kv_heads * s->shares), n = item % s->shares;
+        attend_share(l, pages, s, ld, s->run[run], s->run[run + 1] - s->run[run], item / s->shares % l->kv_heads, n);
     }
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < entries * group; item++) {
+    for (int64_t item = 0; item < b->tokens * l->heads; item++) {
         const int64_t entry = item / group, g = item % group;
         const View *view = s->views + entry / l->kv_heads;
         const int64_t shares = chooses(l, view) ? ceil_div(how->topk, each) : ceil_div(view->visible, SPAN);
@@ -244,23 +268,27 @@ static void attend(const Batch *b, const Layer *l, const Pages *pages, const Spa
             const int64_t row = first + n * group;
             const float factor = expf(s->largest[row] - best);
             total += s->totals[row] * factor;
-            for (int64_t d = 0; d < dim; d++)
-                out[d] += s->sums[row * dim + d] * factor;
+            for (int64_t d = 0; d < dim; d += LANES)
+                store(out + d, load(out + d) + load(s->sums + row * dim + d) * factor);
         }
-        for (int64_t d = 0; d < dim; d++)
-            out[d] /= total;
+        for (int64_t d = 0; d < dim; d += LANES)
+            store(out + d, load(out + d) / total);
     }
 }
 
-static void prepare(const Model *m, const Batch *b, const Space *s) {
+static void prepare(const Model *m, const Batch *b, Space *s) {
+    s->runs = 0;
     for (int64_t n = 0, t = 0; n < b->sequences; n++)
         for (int64_t i = 0; i < b->lengths_q[n]; i++, t++) {
+            if (i % s->run_tokens == 0)
+                s->run[s->runs++] = (int32_t)t;
             s->views[t] = (View){b->page_table + n * b->table_stride, b->lengths_k[n] - b->lengths_q[n] + i + 1, b->page_size};
             for (int64_t d = 0; d < m->half; d++) {
                 const float angle = (float)b->positions[t] * m->frequencies[d];
                 s->cos[t * m->half + d] = cosf(angle), s->sin[t * m->half + d] = sinf(angle);
             }
         }
+    s->run[s->runs] = (int32_t)b->tokens;
     if (!m->joint)
         memcpy(s->x, b->embeds, 4 * b->tokens * m->hidden);
 }

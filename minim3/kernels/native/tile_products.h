@@ -11,8 +11,12 @@
 #include "tiles.h"
 
 #define MANY_ROWS 16          /* rows of x from which tiles are quicker, FP32 */
+#ifndef MOST_INPUTS
 #define MOST_INPUTS 256       /* rows of x multiplied at a time: their products are kept on the stack */
+#endif
+#ifndef MOST_CACHED
 #define MOST_CACHED (1 << 20) /* bytes of them, which the second cache keeps while rows of the weight go by */
+#endif
 #define PAIR 32               /* rows of either side that are multiplied together */
 
 #if HAVE_TILES
@@ -35,7 +39,9 @@ INLINE int64_t panel_size(int64_t columns) { return minim3_tiles ? ceil_div(colu
 INLINE __mmask16 first_lanes(int64_t count) {
     return (__mmask16)(count >= LANES ? 0xffff : count > 0 ? (1 << count) - 1 : 0);
 }
-INLINE vec load_first(const float *x, int64_t count) { return (vec)_mm512_maskz_loadu_ps(first_lanes(count), x); }
+INLINE vec load_up_to(const float *x, int64_t count) {
+    return __builtin_expect(count >= LANES, 1) ? load(x) : (vec)_mm512_maskz_loadu_ps(first_lanes(count), x);
+}
 
 /* A panel of B, whose columns are up to 16 rows: row r is `index[r]` of x, or r. */
 static void pack_inputs(const float *x, int64_t stride, const int32_t *index, int64_t rows, int64_t columns, bf16 *to) {
@@ -43,7 +49,7 @@ static void pack_inputs(const float *x, int64_t stride, const int32_t *index, in
         vec half[2][SIDE];
         for (int h = 0; h < 2; h++) {
             for (int64_t r = 0; r < SIDE; r++)
-                half[h][r] = load_first(r < rows ? x + (index ? index[r] : r) * stride + at + h * LANES : x,
+                half[h][r] = load_up_to(r < rows ? x + (index ? index[r] : r) * stride + at + h * LANES : x,
                                         r < rows ? columns - at - h * LANES : 0);
             turn_lanes((__m512i *)half[h]);
         }
@@ -76,22 +82,35 @@ INLINE void pack_weight(const int format, const Matrix *w, int64_t first, int64_
                     half[h] = (vec)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(
                         _mm_maskz_loadu_epi8(first_lanes(count - at), (const int8_t *)w->codes + row + at)));
                 else
-                    half[h] = load_first((const float *)w->codes + row + at, count - at);
+                    half[h] = load_up_to((const float *)w->codes + row + at, count - at);
             }
             pack_columns(parts, half[0], half[1], r % SIDE, line);
         }
     }
 }
 
+/* What comes from memory while others are multiplied: for each step, `rows` pieces of `line` bytes, `stride` apart. */
+typedef struct {
+    const char *at;
+    int64_t rows, stride, line;
+} Coming;
+
+INLINE void fetch(const Coming *coming, int64_t step) {
+    for (int64_t r = 0; r < coming->rows; r++)
+        for (int64_t i = 0; i < coming->line; i += 64)
+            _mm_prefetch(coming->at + r * coming->stride + step * coming->line + i, _MM_HINT_T1);
+}
+
 /* Adds to tiles 0 and 2 the products of two panels of A of `parts` parts and one of B, and to 1 and 3 those of another
  * of B, if `two`. */
 INLINE void multiply_steps(const int parts, const int two, const bf16 *a, int64_t a_next, const bf16 *b, int64_t b_next,
-                           int64_t steps) {
+                           int64_t steps, const Coming *coming) {
 #define B_PARTS(p) _tile_loadd(6, b + (p) * PART, 64); if (two) _tile_loadd(7, b + b_next + (p) * PART, 64)
 #define PRODUCTS() _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(2, 5, 6); \
     if (two) { _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(3, 5, 7); }
     WRITTEN();
     for (int64_t s = 0; s < steps; s++, a += parts * PART, b += STEP) {
+        fetch(coming, s);
         A_PART(0); B_PARTS(2); PRODUCTS();
         B_PARTS(1); PRODUCTS();
         if (parts > 1) {
@@ -119,14 +138,20 @@ INLINE void rows_of_format(const int format, const Matrix *w, int64_t first, con
     for (int64_t step = 0; step < steps; step += CHUNK) {
         const int64_t n = least(CHUNK, steps - step), next = n * parts * PART;
         pack_weight(format, w, first, step, n, weight);
+        /* While these are multiplied the next come, of the same rows or of those after them. */
+        const int64_t after = step + CHUNK < steps ? step + CHUNK : 0, row = after ? first : least(first + PAIR, w->rows - 1);
+        const int64_t share = ceil_div(2 * PAIR, panels), line = format == INT8 ? DEPTH : 4 * DEPTH;
         for (int64_t p = 0; p < panels; p += 2) {
+            const int64_t begin = row + p / 2 * share;
+            const Coming coming = {(const char *)w->codes + begin * w->stride * (line / DEPTH) + after * line,
+                                   least(share, least(row + PAIR, w->rows) - begin), w->stride * (line / DEPTH), line};
             const bf16 *by = x + p * size + step * STEP;
             float *to = out + p * SIDE;
             step ? load_tiles(to, MOST_INPUTS) : zero_tiles();
             if (p + 1 < panels)
-                multiply_steps(parts, 1, weight, next, by, size, n);
+                multiply_steps(parts, 1, weight, next, by, size, n, &coming);
             else
-                multiply_steps(parts, 0, weight, next, by, size, n);
+                multiply_steps(parts, 0, weight, next, by, size, n, &coming);
             store_tiles(to, MOST_INPUTS);
         }
     }
@@ -177,9 +202,9 @@ INLINE void add_pairs(const int format, const Matrix *w, int64_t first, int64_t 
             const int64_t row = first + n * PAIR;
             zero_tiles();
             if (count - t > SIDE)
-                multiply_steps(parts, 1, weight + 2 * n * next, next, x, size, steps);
+                multiply_steps(parts, 1, weight + 2 * n * next, next, x, size, steps, &(Coming){});
             else
-                multiply_steps(parts, 0, weight + 2 * n * next, next, x, size, steps);
+                multiply_steps(parts, 0, weight + 2 * n * next, next, x, size, steps, &(Coming){});
             store_tiles(found, PAIR);
             scale_rows(format, w, row, found, PAIR, least(PAIR, count - t));
             turn_out(found, PAIR, w->rows - row, least(PAIR, count - t), out + n * PAIR, ld, 1, index + t, factor + t);
