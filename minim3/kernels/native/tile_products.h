@@ -199,12 +199,14 @@ INLINE void add_pairs(const int format, const Matrix *w, int64_t first, int64_t 
         pack_weight(format, w, first + n * PAIR, 0, steps, weight + 2 * n * next);
     for (int64_t t = 0; t < count; t += PAIR, x += 2 * size)
         for (int64_t n = 0; n < pairs; n++) {
-            const int64_t row = first + n * PAIR;
+            const int64_t row = first + n * PAIR, share = 2 * size / pairs;
+            const int64_t left = ceil_div(most(0, count - t - PAIR), SIDE);
+            const Coming coming = {(const char *)(x + 2 * size) + n * share, least(2, left), 2 * size, share / steps};
             zero_tiles();
             if (count - t > SIDE)
-                multiply_steps(parts, 1, weight + 2 * n * next, next, x, size, steps, &(Coming){});
+                multiply_steps(parts, 1, weight + 2 * n * next, next, x, size, steps, &coming);
             else
-                multiply_steps(parts, 0, weight + 2 * n * next, next, x, size, steps, &(Coming){});
+                multiply_steps(parts, 0, weight + 2 * n * next, next, x, size, steps, &coming);
             store_tiles(found, PAIR);
             scale_rows(format, w, row, found, PAIR, least(PAIR, count - t));
             turn_out(found, PAIR, w->rows - row, least(PAIR, count - t), out + n * PAIR, ld, 1, index + t, factor + t);
