@@ -10,17 +10,18 @@
 #include "products.h"
 #include "tiles.h"
 
-#define MANY_ROWS 16          /* rows of x from which tiles are quicker, FP32 */
-#ifndef MOST_INPUTS
+/* Rows of x from which tiles are quicker, by format: codes of INT8 need no splitting. */
+#define MANY_FP32 20
+#define MANY_INT8 10
+#define MANY_INT4 14
+#define MANY_ROWS MANY_INT8 /* of any */
+
 #define MOST_INPUTS 256       /* rows of x multiplied at a time: their products are kept on the stack */
-#endif
-#ifndef MOST_CACHED
 #define MOST_CACHED (1 << 20) /* bytes of them, which the second cache keeps while rows of the weight go by */
-#endif
 #define PAIR 32               /* rows of either side that are multiplied together */
 
 #if HAVE_TILES
-#define CHUNK 16        /* steps of the weight that are split at a time */
+#define CHUNK 16 /* steps of the weight that are split at a time */
 
 INLINE void begin_tiles(int64_t rows) {
     if (minim3_tiles && rows >= MANY_ROWS)
@@ -31,7 +32,15 @@ INLINE void end_tiles(int64_t rows) {
         _tile_release();
 }
 
-INLINE int on_tiles(const Matrix *w, int64_t count) { return minim3_tiles && w->format != INT4 && count >= MANY_ROWS; }
+INLINE int on_tiles(const Matrix *w, int64_t count) {
+    if (!minim3_tiles)
+        return 0;
+    switch (w->format) {
+    case FP32: return count >= MANY_FP32;
+    case INT8: return count >= MANY_INT8;
+    default: return count >= MANY_INT4 && w->group % DEPTH == 0 && w->columns % DEPTH == 0;
+    }
+}
 
 /* Numbers of a panel of so many columns. */
 INLINE int64_t panel_size(int64_t columns) { return minim3_tiles ? ceil_div(columns, DEPTH) * STEP : 0; }
@@ -66,10 +75,12 @@ INLINE void pack_columns(const int parts, vec a, vec b, int64_t row, bf16 *to) {
     }
 }
 
-/* Two panels of A: the steps `step..step + steps` of PAIR rows of a weight from `first` on, zeros past its end. Codes of
- * INT8 are numbers of bf16: one part. */
-INLINE void pack_weight(const int format, const Matrix *w, int64_t first, int64_t step, int64_t steps, bf16 *to) {
-    const int parts = format == INT8 ? 1 : 3;
+/* Parts of a number: codes of INT8 are numbers of bf16. */
+INLINE int parts_of(const int format) { return format == INT8 ? 1 : 3; }
+
+/* Two panels of A: the steps `step..step + steps` of PAIR rows of a weight from `first` on, zeros past its end. */
+INLINE void pack_plain(const int format, const Matrix *w, int64_t first, int64_t step, int64_t steps, bf16 *to) {
+    const int parts = parts_of(format);
     const int64_t begin = step * DEPTH, known = w->columns - begin;
     for (int64_t r = 0; r < PAIR; r++) {
         bf16 *line = to + r / SIDE * steps * parts * PART;
@@ -89,6 +100,44 @@ INLINE void pack_weight(const int format, const Matrix *w, int64_t first, int64_
     }
 }
 
+/* The same of INT4, whose vectors run along the rows: they are turned. */
+static void pack_int4(const Matrix *w, int64_t first, int64_t step, int64_t steps, bf16 *to) {
+    const int64_t bytes = w->block / 2, offset = first % w->block;
+    const uint8_t *codes = (const uint8_t *)w->codes + (first - offset) * bytes / w->block * w->columns;
+    for (int64_t s = 0; s < steps; s++)
+        for (int64_t v = 0; v < 2; v++) {
+            /* Lane i is row `2 i + v`, or `16 v + i`. */
+            const int64_t row = offset + v * SIDE, high = w->neighbours ? v : row >= bytes;
+            const int64_t place = w->neighbours ? offset / 2 : row % bytes, column = (step + s) * DEPTH;
+            const uint32_t *pairs = (const uint32_t *)w->scales + column / w->group * w->stride + first;
+            uvec pair;
+            for (int i = 0; i < SIDE; i++)
+                pair[i] = pairs[w->neighbours ? 2 * i + v : v * SIDE + i];
+            const vec scale = (vec)(pair << 16), zero = (vec)(pair & 0xffff0000u) - 8.0f * scale;
+            vec half[2][SIDE];
+            for (int h = 0; h < 2; h++) {
+                for (int i = 0; i < SIDE; i++) {
+                    const ivec code = unsigned_bytes(codes + (column + h * SIDE + i) * bytes + place) >> 4 * (int)high & 15;
+                    half[h][i] = __builtin_convertvector(code, vec) * scale + zero;
+                }
+                turn_lanes((__m512i *)half[h]);
+            }
+            for (int64_t i = 0; i < SIDE; i++) {
+                const int64_t r = w->neighbours ? 2 * i + v : v * SIDE + i;
+                const int known = first + r < w->rows;
+                pack_columns(3, known ? half[0][i] : (vec){}, known ? half[1][i] : (vec){}, r % SIDE,
+                             to + (r / SIDE * steps + s) * STEP);
+            }
+        }
+}
+
+INLINE void pack_weight(const int format, const Matrix *w, int64_t first, int64_t step, int64_t steps, bf16 *to) {
+    if (format == INT4)
+        pack_int4(w, first, step, steps, to);
+    else
+        pack_plain(format, w, first, step, steps, to);
+}
+
 /* What comes from memory while others are multiplied: for each step, `rows` pieces of `line` bytes, `stride` apart. */
 typedef struct {
     const char *at;
@@ -99,6 +148,18 @@ INLINE void fetch(const Coming *coming, int64_t step) {
     for (int64_t r = 0; r < coming->rows; r++)
         for (int64_t i = 0; i < coming->line; i += 64)
             _mm_prefetch(coming->at + r * coming->stride + step * coming->line + i, _MM_HINT_T1);
+}
+
+/* Of a weight: what share `part` of `parts` of the rows `first..first + PAIR` brings from a step on. */
+INLINE Coming coming_rows(const int format, const Matrix *w, int64_t first, int64_t step, int64_t part, int64_t parts) {
+    if (format == INT4) {
+        const int64_t line = DEPTH * w->block / 2;
+        return (Coming){(const char *)w->codes + first / w->block * w->columns * w->block / 2 + step * line,
+                        part == 0 && first < w->rows, 0, line};
+    }
+    const int64_t size = format == INT8 ? 1 : 4, share = ceil_div(PAIR, parts), row = first + part * share;
+    return (Coming){(const char *)w->codes + (row * w->stride + step * DEPTH) * size,
+                    least(share, least(first + PAIR, w->rows) - row), w->stride * size, DEPTH * size};
 }
 
 /* Adds to tiles 0 and 2 the products of two panels of A of `parts` parts and one of B, and to 1 and 3 those of another
@@ -132,19 +193,16 @@ INLINE void scale_rows(const int format, const Matrix *w, int64_t first, float *
 }
 
 INLINE void rows_of_format(const int format, const Matrix *w, int64_t first, const bf16 *x, int64_t panels, float *out) {
-    const int parts = format == INT8 ? 1 : 3;
+    const int parts = parts_of(format);
     const int64_t steps = ceil_div(w->columns, DEPTH), size = steps * STEP;
     bf16 weight[2 * CHUNK * parts * PART] __attribute__((aligned(64)));
     for (int64_t step = 0; step < steps; step += CHUNK) {
         const int64_t n = least(CHUNK, steps - step), next = n * parts * PART;
         pack_weight(format, w, first, step, n, weight);
         /* While these are multiplied the next come, of the same rows or of those after them. */
-        const int64_t after = step + CHUNK < steps ? step + CHUNK : 0, row = after ? first : least(first + PAIR, w->rows - 1);
-        const int64_t share = ceil_div(2 * PAIR, panels), line = format == INT8 ? DEPTH : 4 * DEPTH;
+        const int64_t after = step + CHUNK < steps ? step + CHUNK : 0;
         for (int64_t p = 0; p < panels; p += 2) {
-            const int64_t begin = row + p / 2 * share;
-            const Coming coming = {(const char *)w->codes + begin * w->stride * (line / DEPTH) + after * line,
-                                   least(share, least(row + PAIR, w->rows) - begin), w->stride * (line / DEPTH), line};
+            const Coming coming = coming_rows(format, w, after ? first : first + PAIR, after, p / 2, ceil_div(panels, 2));
             const bf16 *by = x + p * size + step * STEP;
             float *to = out + p * SIDE;
             step ? load_tiles(to, MOST_INPUTS) : zero_tiles();
@@ -160,7 +218,11 @@ INLINE void rows_of_format(const int format, const Matrix *w, int64_t first, con
 
 /* out[n * MOST_INPUTS + t] = row `first + n` of the weight times row t of x, PAIR and up to MOST_INPUTS rows. */
 static __attribute__((noinline)) void tile_rows(const Matrix *w, int64_t first, const bf16 *x, int64_t panels, float *out) {
-    w->format == INT8 ? rows_of_format(INT8, w, first, x, panels, out) : rows_of_format(FP32, w, first, x, panels, out);
+    switch (w->format) {
+    case FP32: rows_of_format(FP32, w, first, x, panels, out); break;
+    case INT8: rows_of_format(INT8, w, first, x, panels, out); break;
+    case INT4: rows_of_format(INT4, w, first, x, panels, out); break;
+    }
 }
 
 /* Turns `rows` times `count` such products, at most PAIR of either, and stores them: out[t * ld + n]; or adds them, to row
@@ -192,7 +254,7 @@ static void tile_product(const Matrix *w, int64_t first, const bf16 *x, int64_t 
 
 INLINE void add_pairs(const int format, const Matrix *w, int64_t first, int64_t pairs, const bf16 *x, int64_t count,
                       bf16 *weight, float *out, int64_t ld, const int32_t *index, const float *factor) {
-    const int parts = format == INT8 ? 1 : 3;
+    const int parts = parts_of(format);
     const int64_t steps = ceil_div(w->columns, DEPTH), size = steps * STEP, next = steps * parts * PART;
     float found[PAIR * PAIR] __attribute__((aligned(64)));
     for (int64_t n = 0; n < pairs; n++)
@@ -218,10 +280,11 @@ INLINE void add_pairs(const int format, const Matrix *w, int64_t first, int64_t 
 static __attribute__((noinline)) void tile_add(const Matrix *w, int64_t first, int64_t pairs, const bf16 *x, int64_t count,
                                                bf16 *weight, float *out, int64_t ld, const int32_t *index,
                                                const float *factor) {
-    if (w->format == INT8)
-        add_pairs(INT8, w, first, pairs, x, count, weight, out, ld, index, factor);
-    else
-        add_pairs(FP32, w, first, pairs, x, count, weight, out, ld, index, factor);
+    switch (w->format) {
+    case FP32: add_pairs(FP32, w, first, pairs, x, count, weight, out, ld, index, factor); break;
+    case INT8: add_pairs(INT8, w, first, pairs, x, count, weight, out, ld, index, factor); break;
+    case INT4: add_pairs(INT4, w, first, pairs, x, count, weight, out, ld, index, factor); break;
+    }
 }
 #else
 typedef uint16_t bf16;
