@@ -123,12 +123,12 @@ static void add_run(float *scores, int64_t n, const float *values, int64_t rows,
             store(score + i, weight);
             total += weight;
         }
-        const float factor = expf(before - now);
+        const float factor = before == -INFINITY ? 0.0f : expf(before - now); /* of nothing, where nothing was added before */
         share->largest[g] = now;
         share->total[g] = share->total[g] * factor + sum(total);
-        if (factor != 1.0f)
-            for (int64_t d = 0; d < dim; d++)
-                share->sum[g * dim + d] *= factor;
+        if (before > -INFINITY && factor != 1.0f)
+            for (int64_t d = 0; d < dim; d += LANES)
+                store(share->sum + g * dim + d, load(share->sum + g * dim + d) * factor);
     }
     for (int64_t g = 0; g < rows; g += 4)
         for (int64_t d = 0; d < dim; d += 4 * LANES) {

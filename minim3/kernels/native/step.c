@@ -47,7 +47,7 @@ typedef struct {
     bf16 *panels; /* of what a projection takes */
     Listed listed;
     int32_t *run; /* tokens of one sequence whose attention is computed together: run n is `run[n]..run[n + 1]` */
-    int64_t blocks, shares, width, runs, run_tokens;
+    int64_t blocks, longest, width, runs, run_tokens;
 } Space;
 
 static void *take(char **at, int64_t bytes) {
@@ -56,11 +56,19 @@ static void *take(char **at, int64_t bytes) {
     return found;
 }
 
+/* Into how many shares the keys of a token are cut, at most: all of them, or those of the blocks that it chooses. */
+INLINE int64_t shares_of(const Layer *l, int64_t longest) {
+    const Selection *how = &l->selection;
+    if (!how->topk || ceil_div(longest, how->block) <= how->topk)
+        return ceil_div(longest, SPAN);
+    return most(ceil_div(how->topk, most(1, SPAN / how->block)), ceil_div(how->topk * how->block, SPAN));
+}
+
 /* Lays the buffers out from `memory` on; returns the bytes they take. */
 static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     char *at = memory;
     int64_t width = 0, heads = 0, attended = 0, dim = 0, kv_heads = 0, index_heads = 0, topk = 0, widest = 0, experts = 0;
-    int64_t per_token = 0, block = 1 << 30, group = 1;
+    int64_t per_token = 0, block = 1 << 30, group = 1, shares = 1;
     for (int64_t n = 0; n < m->layers; n++) {
         const Layer *l = m->layer + n;
         const Experts *e = &l->experts;
@@ -82,9 +90,11 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     for (int64_t n = 0; n < b->sequences; n++)
         longest = most(longest, b->lengths_k[n]);
     s->blocks = ceil_div(longest, block);
-    s->shares = most(ceil_div(longest, SPAN), topk);
+    s->longest = longest;
+    for (int64_t n = 0; n < m->layers; n++)
+        shares = most(shares, shares_of(m->layer + n, longest));
     s->width = width, s->listed.widest = widest;
-    const int64_t t = b->tokens, rows = t * kv_heads * s->shares * (heads / most(kv_heads, 1));
+    const int64_t t = b->tokens, rows = t * shares * heads;
     s->run_tokens = most(1, MOST_ROWS / group);
     s->views = take(&at, t * sizeof(View));
     s->run = take(&at, 4 * (t + 1));
@@ -150,12 +160,12 @@ static void finish_heads(const Model *m, const Batch *b, const Layer *l, const P
         float *x = s->heads + t * ld + h * dim, *keep = 0;
         if (h < normed) {
             const float *scale = l->head_scale + h * dim, *cos = s->cos + t * half, *sin = s->sin + t * half;
-            float squares = 0;
+            vec squares = {};
             for (int64_t d = 0; d < dim; d += LANES)
-                squares += sum(load(x + d) * load(x + d));
-            const float root = 1.0f / sqrtf(squares + l->head_eps);
-            for (int64_t d = 0; d < dim; d++)
-                x[d] *= root * scale[d];
+                squares += load(x + d) * load(x + d);
+            const float root = 1.0f / sqrtf(sum(squares) + l->head_eps);
+            for (int64_t d = 0; d < dim; d += LANES)
+                store(x + d, load(x + d) * (root * load(scale + d)));
             for (int64_t d = 0; d < half; d++) {
                 const float first = x[d], second = x[d + half];
                 x[d] = first * cos[d] - second * sin[d];
@@ -206,10 +216,11 @@ static void select_blocks(const Batch *b, const Layer *l, const Pages *pages, co
     }
 }
 
-/* Where the share of a token is kept, empty. */
+/* Where the share of a token is kept, empty: the only one lies where the result does. */
 INLINE Share empty_share(const Layer *l, const Space *s, int64_t t, int64_t head, int64_t n) {
-    const int64_t group = l->heads / l->kv_heads, row = ((t * l->kv_heads + head) * s->shares + n) * group;
-    const Share share = {s->sums + row * l->dim, s->largest + row, s->totals + row};
+    const int64_t group = l->heads / l->kv_heads, shares = shares_of(l, s->longest);
+    const int64_t row = ((t * l->kv_heads + head) * shares + n) * group;
+    const Share share = {(shares > 1 ? s->sums : s->attended) + row * l->dim, s->largest + row, s->totals + row};
     memset(share.sum, 0, 4 * group * l->dim);
     for (int64_t g = 0; g < group; g++)
         share.largest[g] = -INFINITY, share.total[g] = 0;
@@ -249,27 +260,32 @@ static void attend_share(const Layer *l, const Pages *pages, const Space *s, int
 static void attend(const Batch *b, const Layer *l, const Pages *pages, const Space *s, int64_t ld) {
     const Selection *how = &l->selection;
     const int64_t dim = l->dim, group = l->heads / l->kv_heads, each = how->topk ? most(1, SPAN / how->block) : 0;
+    const int64_t most_shares = shares_of(l, s->longest);
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < s->runs * l->kv_heads * s->shares; item++) {
-        const int64_t run = item / (l->kv_heads * s->shares), n = item % s->shares;
-        attend_share(l, pages, s, ld, s->run[run], s->run[run + 1] - s->run[run], item / s->shares % l->kv_heads, n);
+    for (int64_t item = 0; item < s->runs * l->kv_heads * most_shares; item++) {
+        const int64_t run = item / (l->kv_heads * most_shares), head = item / most_shares % l->kv_heads;
+        attend_share(l, pages, s, ld, s->run[run], s->run[run + 1] - s->run[run], head, item % most_shares);
     }
 #pragma omp for schedule(static)
     for (int64_t item = 0; item < b->tokens * l->heads; item++) {
         const int64_t entry = item / group, g = item % group;
         const View *view = s->views + entry / l->kv_heads;
         const int64_t shares = chooses(l, view) ? ceil_div(how->topk, each) : ceil_div(view->visible, SPAN);
-        const int64_t first = entry * s->shares * group + g;
+        const int64_t first = entry * most_shares * group + g;
         float best = -INFINITY, total = 0, *out = s->attended + item * dim;
-        for (int64_t n = 0; n < shares; n++)
-            best = fmaxf(best, s->largest[first + n * group]);
-        memset(out, 0, 4 * dim);
-        for (int64_t n = 0; n < shares; n++) {
-            const int64_t row = first + n * group;
-            const float factor = expf(s->largest[row] - best);
-            total += s->totals[row] * factor;
-            for (int64_t d = 0; d < dim; d += LANES)
-                store(out + d, load(out + d) + load(s->sums + row * dim + d) * factor);
+        if (most_shares == 1) {
+            total = s->totals[first];
+        } else {
+            for (int64_t n = 0; n < shares; n++)
+                best = fmaxf(best, s->largest[first + n * group]);
+            memset(out, 0, 4 * dim);
+            for (int64_t n = 0; n < shares; n++) {
+                const int64_t row = first + n * group;
+                const float factor = expf(s->largest[row] - best);
+                total += s->totals[row] * factor;
+                for (int64_t d = 0; d < dim; d += LANES)
+                    store(out + d, load(out + d) + load(s->sums + row * dim + d) * factor);
+            }
         }
         for (int64_t d = 0; d < dim; d += LANES)
             store(out + d, load(out + d) / total);
