@@ -138,6 +138,8 @@ class Batch(Structure):
 _BYTES_OF_A_THREAD = 8 << 20
 """Weights that a step reads for each thread that takes part: stages of a smaller model are too short to share, and all
 wait in every one for a thread whose core is busy with something else."""
+_TOKENS_OF_A_READ = 32
+"""Tokens that are multiplied with a weight about as long as reading it takes."""
 _BYTES_OF_A_PRODUCT = 1 << 18
 """The same for one product alone, in which they wait once."""
 _MOST_BYTES = 1 << 30
@@ -196,7 +198,8 @@ class Steps:
     def run(self, batch: Batch) -> bool:
         """False, and nothing done, where the step would take too much memory."""
         experts = sum(min(batch.tokens * each, count) * size for each, count, size in self._experts)
-        batch.threads = _threads(self._dense_bytes + experts, _BYTES_OF_A_THREAD)
+        work = (self._dense_bytes + experts) * max(1, batch.tokens // _TOKENS_OF_A_READ)
+        batch.threads = _threads(work, _BYTES_OF_A_THREAD)
         needed = self._space(self._model, ctypes.byref(batch)) + 64
         if needed > _MOST_BYTES:
             return False

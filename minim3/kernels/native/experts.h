@@ -1,8 +1,6 @@
 /* The experts of a layer: routing, and their products with the tokens that chose them. */
 #pragma once
 
-#include <omp.h>
-
 #include "projection.h"
 
 #define MOST_PAIRS 4 /* times PAIR rows of down projections that are split together */
@@ -26,8 +24,9 @@ typedef struct {
 typedef struct {
     float *logits, *weights, *acts, *expert_weights;
     int32_t *ids, *start, *item, *panel, *expert_tokens;
-    bf16 *act_panels, *scratch; /* scratch: of each thread */
-    int64_t widest, scratch_size;
+    bf16 *act_panels;
+    Scratch scratch;
+    int64_t widest;
 } Listed;
 
 /* The experts of a token and their weights, from its logits: the lower number among equals. */
@@ -143,14 +142,12 @@ static void tile_activate(const Experts *e, int64_t i, int64_t from, int64_t cou
                           const float *normed, const Listed *s) {
 #if HAVE_TILES
     const Activation *act = i < e->experts ? &e->act : &e->shared_act;
-    const int64_t hidden = e->gate_proj[i].columns, input_size = panel_size(hidden), panels = ceil_div(count, SIDE);
+    const int64_t hidden = e->gate_proj[i].columns, panels = ceil_div(count, SIDE);
     const int64_t size = panel_size(e->down_proj[i].columns);
     float gate[PAIR * MOST_INPUTS] __attribute__((aligned(64))), up[PAIR * MOST_INPUTS] __attribute__((aligned(64)));
-    bf16 *inputs = s->scratch + omp_get_thread_num() * s->scratch_size;
+    bf16 *inputs = own(&s->scratch);
     bf16 *acts = s->act_panels + s->panel[i] * panel_size(s->widest) + from / SIDE * size;
-    for (int64_t p = 0; p < panels; p++)
-        pack_inputs(normed, hidden, s->expert_tokens + s->start[i] + from + p * SIDE, least(SIDE, count - p * SIDE), hidden,
-                    inputs + p * input_size);
+    pack_chunk(normed, hidden, s->expert_tokens + s->start[i] + from, count, hidden, inputs);
     for (int64_t n = step; n < step + steps; n++) {
         tile_rows(e->gate_proj + i, n * PAIR, inputs, panels, gate);
         tile_rows(e->up_proj + i, n * PAIR, inputs, panels, up);
@@ -215,7 +212,7 @@ static void add_experts(const Experts *e, const float *normed, int64_t tokens, i
             const int64_t first = item * each, rows = least(each, hidden - first), start = s->start[i];
             if (s->panel[i + 1] > s->panel[i])
                 tile_add(e->down_proj + i, first, ceil_div(rows, PAIR), s->act_panels + s->panel[i] * panel_size(s->widest),
-                         s->start[i + 1] - start, s->scratch + omp_get_thread_num() * s->scratch_size, x + first, hidden,
+                         s->start[i + 1] - start, own(&s->scratch), x + first, hidden,
                          s->expert_tokens + start, s->expert_weights + start);
             else
                 for (int64_t n = 0; n < rows; n += MOST_BLOCK)

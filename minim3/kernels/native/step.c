@@ -44,7 +44,6 @@ typedef struct {
     View *views;
     float *x, *normed, *both, *heads, *cos, *sin, *attended, *block_scores, *sums, *largest, *totals;
     int32_t *chosen;
-    bf16 *panels; /* of what a projection takes */
     Listed listed;
     int32_t *run; /* tokens of one sequence whose attention is computed together: run n is `run[n]..run[n + 1]` */
     int64_t blocks, longest, width, runs, run_tokens;
@@ -111,7 +110,7 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     s->largest = take(&at, 4 * rows);
     s->totals = take(&at, 4 * rows);
     Listed *e = &s->listed;
-    const int64_t listed = t * per_token, most_columns = most(2 * m->hidden, attended);
+    const int64_t listed = t * per_token;
     const int tiles = t >= MANY_ROWS;
     e->logits = take(&at, 4 * t * experts);
     e->ids = take(&at, 4 * listed);
@@ -122,10 +121,10 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     e->expert_tokens = take(&at, 4 * listed);
     e->expert_weights = take(&at, 4 * listed);
     e->acts = take(&at, 4 * listed * widest);
-    e->scratch_size = most(most_rows(m->hidden) / 16 * panel_size(m->hidden), 2 * MOST_PAIRS * panel_size(widest));
-    e->scratch = take(&at, tiles ? 2 * b->threads * e->scratch_size : 0);
+    e->scratch.size = most(scratch_size(m->hidden), 2 * MOST_PAIRS * panel_size(widest));
+    e->scratch.size = most(e->scratch.size, most(scratch_size(attended), m->joint ? scratch_size(2 * m->hidden) : 0));
+    e->scratch.memory = take(&at, tiles ? 2 * b->threads * e->scratch.size : 0);
     e->act_panels = take(&at, tiles ? 2 * (listed / 16 + experts) * panel_size(widest) : 0);
-    s->panels = take(&at, tiles ? 2 * panels_size(t, most_columns) : 0);
     return at - memory;
 }
 
@@ -311,14 +310,16 @@ static void prepare(const Model *m, const Batch *b, Space *s) {
 
 /* out [count, rows] = x [count, columns] times the rows of a weight. */
 void minim3_product(const Matrix *w, const float *x, int64_t count, float *out, int64_t threads) {
-    bf16 *panels = on_tiles(w, count) ? aligned_alloc(64, 2 * panels_size(count, w->columns)) : 0;
+    Scratch scratch = {0, scratch_size(w->columns)};
+    if (on_tiles(w, count))
+        scratch.memory = aligned_alloc(64, 2 * threads * scratch.size);
 #pragma omp parallel num_threads((int)threads)
     {
         begin_tiles(count);
-        project(w, 1, x, w->columns, panels, count, out, w->rows, 0);
+        project(w, 1, x, w->columns, &scratch, count, out, w->rows, 0);
         end_tiles(count);
     }
-    free(panels);
+    free(scratch.memory);
 }
 
 int64_t minim3_lanes(void) { return LANES; }
@@ -339,18 +340,18 @@ void minim3_step(const Model *m, const Batch *b, char *memory) {
         if (m->joint) {
             norm(&m->before_embedding, b->embeds, tokens, hidden, s->both, 2 * hidden);
             norm(&m->before_hidden, b->hidden, tokens, hidden, s->both + hidden, 2 * hidden);
-            project(m->joint, 1, s->both, 2 * hidden, s->panels, tokens, s->x, hidden, 0);
+            project(m->joint, 1, s->both, 2 * hidden, &s->listed.scratch, tokens, s->x, hidden, 0);
         }
         for (int64_t n = 0; n < m->layers; n++) {
             const Layer *l = m->layer + n;
             const Pages *pages = b->pages + n;
             norm(&l->before_attention, s->x, tokens, hidden, s->normed, hidden);
-            project(l->project, l->projections, s->normed, hidden, s->panels, tokens, s->heads, s->width, 0);
+            project(l->project, l->projections, s->normed, hidden, &s->listed.scratch, tokens, s->heads, s->width, 0);
             finish_heads(m, b, l, pages, s, s->width);
             if (l->selection.topk)
                 select_blocks(b, l, pages, s, s->width);
             attend(b, l, pages, s, s->width);
-            project(l->output, 1, s->attended, l->heads * l->dim, s->panels, tokens, s->x, hidden, 1);
+            project(l->output, 1, s->attended, l->heads * l->dim, &s->listed.scratch, tokens, s->x, hidden, 1);
             norm(&l->before_experts, s->x, tokens, hidden, s->normed, hidden);
             add_experts(&l->experts, s->normed, tokens, hidden, s->x, &s->listed);
         }

@@ -298,11 +298,6 @@ INLINE void tile_add(const Matrix *w, int64_t first, int64_t pairs, const bf16 *
                      int64_t ld, const int32_t *index, const float *factor) {}
 #endif
 
-/* Numbers of the panels of so many rows of x, as far as tiles are in use. */
-INLINE int64_t panels_size(int64_t rows, int64_t columns) {
-    return rows >= MANY_ROWS ? ceil_div(rows, 16) * panel_size(columns) : 0;
-}
-
 /* Rows of x that are multiplied at a time, at most, and of so many: whole panels, alike in number. */
 INLINE int64_t most_rows(int64_t columns) {
     return least(MOST_INPUTS, most(PAIR, MOST_CACHED / (6 * columns) / PAIR * PAIR));
@@ -310,3 +305,6 @@ INLINE int64_t most_rows(int64_t columns) {
 INLINE int64_t rows_of_chunk(int64_t rows, int64_t columns) {
     return ceil_div(ceil_div(rows, ceil_div(rows, most_rows(columns))), 16) * 16;
 }
+
+/* Numbers of the panels of so many. */
+INLINE int64_t scratch_size(int64_t columns) { return most_rows(columns) / 16 * panel_size(columns); }
