@@ -152,7 +152,7 @@ def test_odd_sizes(tiles: bool, changes: dict[str, Any]) -> None:
 )  # fmt: skip
 def test_any_number_of_tokens(tiles: bool, steps: Steps, changes: dict[str, Any], seed: int) -> None:
     """Panels and chunks that tokens fill in part, experts on tiles beside experts that are not."""
-    if native.use_tiles(tiles) != tiles or sum(new for _, new in steps) > native.most_tokens():
+    if native.use_tiles(tiles) != tiles or sum(new for _, new in steps) > native.limits().tokens:
         return
     try:
         model = tiny_models.text_model(seed, **changes)
@@ -325,10 +325,14 @@ def test_a_tail_behind_a_very_long_prefix_is_left_to_others(monkeypatch: pytest.
     model = tiny_models.text_model(1)
     form = native_form(model)
     with torch.inference_mode():
-        for limit, name in ((600, "MOST_PAIRS"), (1000, "_MOST_BYTES")):
-            batch = cached(model, [(40, 20)], 4)
+        for name, changed in (
+            ("limits", lambda: native.BY_VECTORS._replace(pairs=600)),
+            ("limits", lambda: native.BY_VECTORS._replace(keys=100)),
+            ("_MOST_BYTES", 1000),
+        ):
+            batch = cached(model, [(40, 70)], 4)
             assert form.forward_packed(embeddings(batch), batch) is not None
-            monkeypatch.setattr(native, name, limit)
+            monkeypatch.setattr(native, name, changed)
             assert form.forward_packed(embeddings(batch), batch) is None
             monkeypatch.undo()
 

@@ -11,21 +11,30 @@ import ctypes
 from collections.abc import Sequence
 from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minim3.kernels.native import build
 
-MOST_TOKENS = 256
-"""New tokens of a step without tiles: about where products of many rows are as good elsewhere."""
-MOST_TOKENS_ON_TILES = 2048
-"""On tiles they are better here, and what a step holds has a limit."""
-MOST_OF_A_SEQUENCE = 128
-"""New tokens of one sequence: each reads all of its keys, which many of them do better together."""
-MOST_PAIRS = 1 << 20
-"""New tokens times the keys of the longest sequence, where a sequence has more than a few."""
+
+class Limits(NamedTuple):
+    """Steps that are quicker here than by modules, whose products and attention of many tokens are good."""
+
+    tokens: int
+    """New tokens of a step."""
+    of_a_sequence: int
+    """New tokens of one sequence: each reads all of its keys, which many of them do better together."""
+    keys: int
+    """Keys of the longest sequence, where one has more than `SOME_TOKENS` new ones."""
+    pairs: int = 1 << 20
+    """New tokens times the keys of the longest sequence, where one has more than a few new ones."""
+
+
+SOME_TOKENS = 64
+BY_VECTORS = Limits(tokens=256, of_a_sequence=128, keys=1 << 13)
+ON_TILES = Limits(tokens=2048, of_a_sequence=512, keys=1 << 10)
 MOST_TOPK = 4096
 """Blocks that a query may choose: they are kept on the stack of C."""
 MOST_ROWS = 32
@@ -74,8 +83,8 @@ def _tiles(of: ctypes.CDLL) -> c_int:
     return c_int.in_dll(of, "minim3_tiles")
 
 
-def most_tokens() -> int:
-    return MOST_TOKENS_ON_TILES if tiles() else MOST_TOKENS
+def limits() -> Limits:
+    return ON_TILES if tiles() else BY_VECTORS
 
 
 class Matrix(Structure):
