@@ -324,7 +324,7 @@ def test_what_has_no_such_form_is_left_to_the_modules(form: Form) -> None:
     decoding = prepared(model, form)
     with torch.inference_mode():
         assert decoding.forward_packed(torch.zeros(1, 32), ForwardBatch.packed([1])) is None
-        assert decoding.forward_packed(*step_of(model, [(20, 1), (0, 129)])) is None
+        assert decoding.forward_packed(*step_of(model, [(20, 1), (0, 513)])) is None
     assert decoding.forward_packed(*step_of(model, [(20, 1)])) is None, "a graph may be wanted"
 
 

@@ -1,4 +1,4 @@
-"""The decoder in C: the same bits in any company, quantized weights, drafts, and what is said where it cannot run.
+"""The decoder in C: the same bits in any company, tiles, quantized weights, drafts, and words where it cannot run.
 
 That it computes what the modules compute is tested in `test_model_decoding`, with the portable form.
 """
@@ -8,6 +8,7 @@ import re
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,19 @@ from minim3.model.weight_formats import MXFP8Matrix, int4_layout, quantize
 from tests import tiny_models
 from tests.test_model_decoding import NEEDS_COMPILER, Steps, cached, compare, embeddings
 
+SOURCES = sorted(Path(build.__file__).parent.glob("*.[ch]"))
 PROPERTY = settings(max_examples=25, deadline=None, derandomize=True)
 WIDE = {"hidden_size": 64, "intermediate_size": 64, "shared_intermediate_size": 64, "dense_intermediate_size": 128}
 """Widths that 4-bit blocks of rows and groups of columns divide."""
+
+
+@pytest.fixture(params=[False, True], ids=["vectors", "tiles"])
+def tiles(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether products of many rows run on tiles."""
+    if native.use_tiles(request.param) != request.param:
+        pytest.skip("this machine has no tiles of bf16")
+    yield request.param
+    native.use_tiles(True)
 
 
 def native_form(model: MiniMaxM3SparseForCausalLM) -> NativeDecodingModel:
@@ -62,13 +73,32 @@ def run(form: NativeDecodingModel, model: Any, steps: Steps, seeds: list[int]) -
     return list(out.split([new for _, new in steps]))
 
 
+COMPANY = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 3) | st.just(20)), min_size=2, max_size=7)
+
+
 @NEEDS_COMPILER
 @PROPERTY
-@given(
-    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 3) | st.just(20)), min_size=2, max_size=7), st.integers(1, 3)
-)
+@given(COMPANY, st.integers(1, 3))
 def test_a_sequence_gets_the_same_bits_alone_and_in_company(steps: Steps, threads: int) -> None:
     """Sums in an order that depended on the batch or the threads would turn near ties, and answers with them."""
+    native.use_tiles(False)
+    try:
+        for alone, together in alone_and_together(steps, threads):
+            assert torch.equal(alone, together)
+    finally:
+        native.use_tiles(True)
+
+
+@NEEDS_COMPILER
+@PROPERTY
+@given(COMPANY, st.integers(1, 3))
+def test_on_tiles_company_makes_no_more_than_a_difference_of_rounding(steps: Steps, threads: int) -> None:
+    """A product that has enough rows for tiles in company alone is summed in another order: within fp32, no more."""
+    for alone, together in alone_and_together(steps, threads):
+        assert (alone - together).abs().max() <= 1e-5 * together.abs().max()
+
+
+def alone_and_together(steps: Steps, threads: int) -> Iterator[tuple[Tensor, Tensor]]:
     model = tiny_models.text_model(1)
     form, seeds = native_form(model), list(range(len(steps)))
     before = torch.get_num_threads()
@@ -76,24 +106,66 @@ def test_a_sequence_gets_the_same_bits_alone_and_in_company(steps: Steps, thread
     try:
         torch.set_num_threads(threads)
         for place, step in enumerate(steps):
-            assert torch.equal(run(form, model, [step], [seeds[place]])[0], together[place])
+            yield run(form, model, [step], [seeds[place]])[0], together[place]
     finally:
         torch.set_num_threads(before)
 
 
 @NEEDS_COMPILER
-@pytest.mark.parametrize("changes", [
+@pytest.mark.parametrize("steps", [[(9, 40), (0, 33)], [(0, 100), (3, 100), (50, 1)], [(n, 1) for n in range(50)]])
+def test_the_number_of_threads_changes_no_bit(tiles: bool, steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads cut the work into other items, and pack what they need themselves."""
+    model = tiny_models.text_model(1, **WIDE)
+    form, found = native_form(model), []
+    for threads in (1, 2, 3, 7):
+        monkeypatch.setattr(native, "_threads", lambda *_: threads)  # noqa: B023
+        found.append(torch.cat(run(form, model, steps, list(range(len(steps))))))
+    for other in found[1:]:
+        assert torch.equal(found[0], other)
+
+
+ODD_SIZES: list[dict[str, Any]] = [
     {"hidden_size": 40, "intermediate_size": 20, "shared_intermediate_size": 12, "dense_intermediate_size": 36},
     {"num_attention_heads": 14, "num_key_value_heads": 2, "index_n_heads": 2},
     {"head_dim": 48, "index_head_dim": 48, "rotary_dim": 8},
     {"num_local_experts": 7, "num_experts_per_tok": 3},
-])  # fmt: skip
-def test_odd_sizes(changes: dict[str, Any]) -> None:
-    """Rows and columns that no vector divides; five heads past a tile; experts without a token."""
+    {"hidden_size": 71, "intermediate_size": 33, "shared_intermediate_size": 95, "dense_intermediate_size": 65},
+]
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("changes", ODD_SIZES)
+def test_odd_sizes(tiles: bool, changes: dict[str, Any]) -> None:
+    """Rows and columns that no vector or tile divides; five heads past a tile; experts without a token."""
     model = tiny_models.text_model(4, **changes)
     form = native_form(model)
     for steps in ([(9, 1)], [(40, 3), (2, 1), (33, 2)], [(n, 1) for n in range(20, 43)], [(0, 70), (12, 35), (5, 1)]):
         compare(model, form, steps)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("tiles", [False, True])
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(1, 100)), min_size=1, max_size=3), st.sampled_from(ODD_SIZES),
+    st.integers(0, 3),
+)  # fmt: skip
+def test_any_number_of_tokens(tiles: bool, steps: Steps, changes: dict[str, Any], seed: int) -> None:
+    """Panels and chunks that tokens fill in part, experts on tiles beside experts that are not."""
+    if native.use_tiles(tiles) != tiles or sum(new for _, new in steps) > native.limits().tokens:
+        return
+    try:
+        model = tiny_models.text_model(seed, **changes)
+        compare(model, native_form(model), steps)
+    finally:
+        native.use_tiles(True)
+
+
+@NEEDS_COMPILER
+def test_many_sequences_at_once(tiles: bool) -> None:
+    """More tokens than a thread keeps at a time."""
+    model = tiny_models.text_model(4)
+    compare(model, native_form(model), [(n % 9, 60) for n in range(10 if tiles else 4)])
 
 
 @NEEDS_COMPILER
@@ -132,7 +204,7 @@ def dequantized(model: MiniMaxM3SparseForCausalLM) -> MiniMaxM3SparseForCausalLM
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("format", ["bf16", "int8", "int4", "mxfp8"])
-def test_quantized_weights_are_what_they_stand_for(format: str) -> None:
+def test_quantized_weights_are_what_they_stand_for(tiles: bool, format: str) -> None:
     """Against a plain model of the dequantized weights: codes, scales and zeros in their places, in any number."""
     model = tiny_models.text_model(5, **WIDE)
     quantize_model(model, Quantization(format))
@@ -145,7 +217,7 @@ def test_quantized_weights_are_what_they_stand_for(format: str) -> None:
         assert layout is None or layout.block not in native.int4_blocks()
         pytest.skip("torch packs 4-bit weights here in an order that the kernels do not know")
     plain_form = native_form(plain)
-    for steps in ([(9, 1)], [(40, 3), (2, 1), (33, 2)], [(n, 1) for n in range(20, 37)]):
+    for steps in ([(9, 1)], [(40, 3), (2, 1), (33, 2)], [(n, 1) for n in range(20, 37)], [(0, 90), (4, 57)]):
         seeds = list(range(len(steps)))
         for got, want in zip(run(form, model, steps, seeds), run(plain_form, plain, steps, seeds), strict=True):
             assert (got - want).abs().max() <= 2e-4 * want.abs().max()
@@ -159,8 +231,11 @@ def test_every_number_of_mxfp8(columns: int) -> None:
     codes = torch.where(codes & 127 == 127, 0, codes)
     scales = torch.tensor([0, 1, 100, 127, 128, 200, native.MOST_SCALE]).byte().unsqueeze(1)
     matrix = MXFP8Matrix(codes.view(torch.float8_e4m3fn), scales.repeat(1, -(-columns // 32)), columns)
-    known = _Known()
-    assert torch.equal(native.product(known.quantized(matrix), torch.eye(columns)).t(), matrix.dequantize())
+    known, want = _Known(), matrix.dequantize()
+    one_by_one = [native.product(known.quantized(matrix), row[None]) for row in torch.eye(columns)]
+    assert torch.equal(torch.cat(one_by_one).t(), want)
+    together = native.product(known.quantized(matrix), torch.eye(columns)).t()
+    assert torch.equal(together, want.where(want.abs() >= 2.0**-126, together))  # tiles take what is smaller for zero
     codes[3, columns - 1] = 255
     got = native.product(known.quantized(matrix), torch.ones(1, columns))[0]
     assert got.isnan().tolist() == [n == 3 for n in range(7)]
@@ -176,7 +251,7 @@ def test_what_4_bit_rows_have_no_blocks_for_is_left_to_others() -> None:
 
 
 @NEEDS_COMPILER
-def test_drafts_are_those_of_the_module() -> None:
+def test_drafts_are_those_of_the_module(tiles: bool) -> None:
     model = tiny_models.text_model(6, num_mtp_modules=2)
     form, mtp = native_form(model), model.text_model.mtp
     assert mtp is not None
@@ -184,7 +259,7 @@ def test_drafts_are_those_of_the_module() -> None:
         module: Any = mtp.layers[depth]
         draft = form.draft_module(module, model.text_config)
         assert draft is not None
-        for steps in ([(9, 1)], [(30, 2), (3, 1)]):
+        for steps in ([(9, 1)], [(30, 2), (3, 1)], [(0, 50), (7, 30)]):
             hidden: Tensor = torch.randn(sum(new for _, new in steps), 32)
             ours, theirs = (cached(model, steps, 4, num_draft_layers=2) for _ in range(2))
             x = embeddings(ours)
@@ -199,8 +274,7 @@ def test_drafts_are_those_of_the_module() -> None:
 @NEEDS_COMPILER
 def test_the_structures_are_those_of_the_c() -> None:
     """A field added to one side alone would shift all behind it."""
-    folder = Path(build.__file__).parent
-    source = "".join((folder / name).read_text() for name in ("products.h", "attention.h", "step.c"))
+    source = "".join(path.read_text() for path in SOURCES)
     for structure in (native.Matrix, native.Pages, native.Selection, native.Norm, native.Activation, native.Experts,
                       native.Layer, native.Model, native.Batch):  # fmt: skip
         end = source.index("} " + structure.__name__ + ";")
@@ -211,16 +285,15 @@ def test_the_structures_are_those_of_the_c() -> None:
 @NEEDS_COMPILER
 def test_the_limits_are_those_of_the_c() -> None:
     """Buffers on the stack of C have their sizes: with other limits here they would be overrun."""
-    folder = Path(build.__file__).parent
-    source = "".join((folder / name).read_text() for name in ("products.h", "attention.h", "step.c"))
-    for name in ("MOST_TOKENS", "MOST_ROWS", "MOST_SCALE"):
+    source = "".join(path.read_text() for path in SOURCES)
+    for name in ("MOST_ROWS", "MOST_SCALE"):
         (value,) = re.findall(rf"#define {name} (\d+)", source)
         assert int(value) == getattr(native, name)
 
 
 @NEEDS_COMPILER
 @pytest.mark.parametrize("part", ["gate", "up", "down", "shared", "k_proj", "router", "norm"])
-def test_a_nan_shows(part: str) -> None:
+def test_a_nan_shows(tiles: bool, part: str) -> None:
     """A limit or a maximum that takes the other number would turn NaN into an answer, without a word."""
     model: Any = tiny_models.text_model(2)
     layer = model.text_model.layers[2]
@@ -236,13 +309,18 @@ def test_a_nan_shows(part: str) -> None:
             weight.data[row] = torch.nan
         else:
             weight.data[..., row, :] = torch.nan
-    forms = [native_form(model), DecodingModel.of(model.text_model)]
-    for form in forms:
+    few: Steps = [(9, 1), (20, 2)]
+    many: Steps = few if part == "k_proj" else [(3, 60), (0, 40)]  # torch's attention of many loses NaN of keys
+    for form, steps in (
+        (native_form(model), few),
+        (native_form(model), many),
+        (DecodingModel.of(model.text_model), few),
+    ):
         assert form is not None
-        batch = cached(model, [(9, 1), (20, 2)], 4)
+        batch = cached(model, steps, 4)
         with torch.inference_mode():
             out = form.forward_packed(embeddings(batch), batch)
-            want = model.text_model.forward_packed(embeddings(batch), cached(model, [(9, 1), (20, 2)], 4))
+            want = model.text_model.forward_packed(embeddings(batch), cached(model, steps, 4))
         assert want.isnan().any()
         assert out is not None
         assert torch.equal(out.isnan().any(1), want.isnan().any(1))
@@ -266,10 +344,14 @@ def test_a_tail_behind_a_very_long_prefix_is_left_to_others(monkeypatch: pytest.
     model = tiny_models.text_model(1)
     form = native_form(model)
     with torch.inference_mode():
-        for limit, name in ((600, "MOST_PAIRS"), (1000, "_MOST_BYTES")):
-            batch = cached(model, [(40, 20)], 4)
+        for name, changed in (
+            ("limits", lambda: native.BY_VECTORS._replace(pairs=600)),
+            ("limits", lambda: native.BY_VECTORS._replace(keys=100)),
+            ("_MOST_BYTES", 1000),
+        ):
+            batch = cached(model, [(40, 70)], 4)
             assert form.forward_packed(embeddings(batch), batch) is not None
-            monkeypatch.setattr(native, name, limit)
+            monkeypatch.setattr(native, name, changed)
             assert form.forward_packed(embeddings(batch), batch) is None
             monkeypatch.undo()
 

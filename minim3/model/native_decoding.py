@@ -87,13 +87,15 @@ class NativeDecodingModel:
 
         None for what has no such form: another step, or a changed model.
         """
-        pages = batch.pages
-        if pages is None or batch.num_tokens > native.MOST_TOKENS or max(batch.lengths_q) > native.MOST_OF_A_SEQUENCE:
+        pages, limits = batch.pages, native.limits()
+        if pages is None or batch.num_tokens > limits.tokens or max(batch.lengths_q) > limits.of_a_sequence:
             return None
         if inputs_embeds.dtype != torch.float32 or torch.is_grad_enabled():
             return None
-        many = max(batch.lengths_q) > FEW_TOKENS
-        if many and batch.num_tokens * batch.max_length_k > native.MOST_PAIRS:
+        most_new, keys = max(batch.lengths_q), batch.max_length_k
+        if most_new > native.SOME_TOKENS and keys > limits.keys:
+            return None
+        if most_new > FEW_TOKENS and batch.num_tokens * keys > limits.pairs:
             return None
         # A draft module that runs after its model in a step relies on the model's look.
         watched = self._is_draft and batch.plan.once(self._watch, self._watch.unchanged)
@@ -149,7 +151,7 @@ class NativeHead:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """`[R, H]` -> logits `[R, vocab]`."""
-        if self._of is not None and hidden.shape[0] <= native.MOST_TOKENS and hidden.dtype == torch.float32:
+        if self._of is not None and hidden.shape[0] <= native.limits().tokens and hidden.dtype == torch.float32:
             head = self._model.get_output_embeddings()
             same = head is self._of[0] and self._state(head) == self._of[1]
             if same and not (head._forward_hooks or head._forward_pre_hooks or torch.is_grad_enabled()):

@@ -9,20 +9,32 @@ be done, portable PyTorch runs instead, and `minim3 info` says so. The structure
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
-from typing import Any
+from ctypes import POINTER, Structure, c_float, c_int, c_int64, c_void_p
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minim3.kernels.native import build
 
-MOST_TOKENS = 256
-"""New tokens of a step: about where products of many rows are as good elsewhere."""
-MOST_OF_A_SEQUENCE = 128
-"""New tokens of one sequence: each reads all of its keys, which many of them do better together."""
-MOST_PAIRS = 1 << 20
-"""New tokens times the keys of the longest sequence, where a sequence has more than a few."""
+
+class Limits(NamedTuple):
+    """Steps that are quicker here than by modules, whose products and attention of many tokens are good."""
+
+    tokens: int
+    """New tokens of a step."""
+    of_a_sequence: int
+    """New tokens of one sequence: each reads all of its keys, which many of them do better together."""
+    keys: int
+    """Keys of the longest sequence, where one has more than `SOME_TOKENS` new ones."""
+    pairs: int = 1 << 20
+    """New tokens times the keys of the longest sequence, where one has more than a few new ones."""
+
+
+SOME_TOKENS = 64
+BY_VECTORS = Limits(tokens=256, of_a_sequence=128, keys=1 << 13)
+ON_TILES = Limits(tokens=2048, of_a_sequence=512, keys=1 << 10)
 MOST_TOPK = 4096
 """Blocks that a query may choose: they are kept on the stack of C."""
 MOST_ROWS = 32
@@ -56,17 +68,25 @@ def library() -> ctypes.CDLL:
 
 
 def tiles() -> bool:
-    """Whether products of prompts run on tiles of bf16 (AMX), in fp32 still (`tiles.h`)."""
-    return _TILES[0] if _TILES else use_tiles(True)
+    """Whether products of many rows run on tiles of bf16 (AMX), in fp32 still (`tiles.h`)."""
+    return bool(_tiles(library()).value)
 
 
 def use_tiles(wanted: bool) -> bool:
-    """Have them run there or not; False where the processor, the compiler or the system has no tiles."""
-    _TILES[:] = [bool(library().minim3_use_tiles(int(wanted)))]
-    return _TILES[0]
+    """Run such products on tiles from now on, or not. Returns whether they do: not all machines have tiles."""
+    _tiles(library())
+    return bool(library().minim3_use_tiles(int(wanted)))
 
 
-_TILES: list[bool] = []
+@cache
+def _tiles(of: ctypes.CDLL) -> c_int:
+    """The variable that says so, asked for by then."""
+    of.minim3_use_tiles(1)
+    return c_int.in_dll(of, "minim3_tiles")
+
+
+def limits() -> Limits:
+    return ON_TILES if tiles() else BY_VECTORS
 
 
 class Matrix(Structure):
@@ -129,6 +149,8 @@ class Batch(Structure):
 _BYTES_OF_A_THREAD = 8 << 20
 """Weights that a step reads for each thread that takes part: stages of a smaller model are too short to share, and all
 wait in every one for a thread whose core is busy with something else."""
+_TOKENS_OF_A_READ = 32
+"""Tokens that are multiplied with a weight about as long as reading it takes."""
 _BYTES_OF_A_PRODUCT = 1 << 18
 """The same for one product alone, in which they wait once."""
 _MOST_BYTES = 1 << 30
@@ -148,7 +170,7 @@ def _bytes(matrix: Matrix) -> int:
 
 
 def product(matrix: Matrix, x: Tensor) -> Tensor:
-    """fp32 `[T, columns]`, T at most MOST_TOKENS -> `[T, rows]`."""
+    """fp32 `[T, columns]` -> `[T, rows]`."""
     x = x.contiguous()
     out = torch.empty(x.shape[0], matrix.rows)
     threads = _threads(_bytes(matrix), _BYTES_OF_A_PRODUCT)
@@ -178,6 +200,7 @@ class Steps:
             self._dense_bytes += sum(own[count:])
             self._experts.append((experts.per_token, count, own[0]))
         found = library()
+        tiles()
         self._space, self._step = found.minim3_space, found.minim3_step
         self._space.restype, self._step.restype = c_int64, None
         self._model = ctypes.byref(model)
@@ -186,7 +209,8 @@ class Steps:
     def run(self, batch: Batch) -> bool:
         """False, and nothing done, where the step would take too much memory."""
         experts = sum(min(batch.tokens * each, count) * size for each, count, size in self._experts)
-        batch.threads = _threads(self._dense_bytes + experts, _BYTES_OF_A_THREAD)
+        work = (self._dense_bytes + experts) * max(1, batch.tokens // _TOKENS_OF_A_READ)
+        batch.threads = _threads(work, _BYTES_OF_A_THREAD)
         needed = self._space(self._model, ctypes.byref(batch)) + 64
         if needed > _MOST_BYTES:
             return False

@@ -21,7 +21,7 @@ typedef struct {
 
 #define RUN 64    /* keys whose scores are made together */
 #define SPAN 512  /* keys of a share of the work: fixed, so that sums do not depend on the number of threads */
-#define MOST_ROWS 32 /* query heads of a KV head, or index heads */
+#define MOST_ROWS 32 /* query heads of a KV head, of some tokens, or index heads */
 
 /* The keys from `start` on that follow each other in memory, up to `stop` and RUN; `*row`: the first, as a row of D. */
 INLINE int64_t run_of_keys(const View *view, int64_t start, int64_t stop, int64_t heads, int64_t head, int64_t *row) {
@@ -107,49 +107,58 @@ INLINE void add_values(const int gg, const int vectors, const float *shares, con
             store(sum + g * dim + v * LANES, found[g][v]);
 }
 
-/* The keys `start..stop` of one KV head, for the `rows` query heads that share it. `dim` is a multiple of LANES. */
-static void attend_keys(const View *view, int64_t start, int64_t stop, const Pages *pages, int64_t heads, int64_t head,
-                        const float *const *q, int64_t rows, int64_t dim, const Share *share) {
+/* Adds `n` keys with these scores to what `rows` rows of queries have. */
+static void add_run(float *scores, int64_t n, const float *values, int64_t rows, int64_t dim, const Share *share) {
+    for (int64_t g = 0; g < rows; g++) {
+        float *score = scores + g * RUN;
+        for (int64_t i = n; i < ceil_div(n, LANES) * LANES; i++)
+            score[i] = -INFINITY;
+        vec best = load(score);
+        for (int64_t i = LANES; i < n; i += LANES)
+            best = maximum(best, load(score + i));
+        const float before = share->largest[g], now = fmaxf(before, largest(best));
+        vec total = {};
+        for (int64_t i = 0; i < n; i += LANES) {
+            vec weight = exponential(load(score + i) - now);
+            store(score + i, weight);
+            total += weight;
+        }
+        const float factor = before == -INFINITY ? 0.0f : expf(before - now); /* of nothing, where nothing was added before */
+        share->largest[g] = now;
+        share->total[g] = share->total[g] * factor + sum(total);
+        if (before > -INFINITY && factor != 1.0f)
+            for (int64_t d = 0; d < dim; d += LANES)
+                store(share->sum + g * dim + d, load(share->sum + g * dim + d) * factor);
+    }
+    for (int64_t g = 0; g < rows; g += 4)
+        for (int64_t d = 0; d < dim; d += 4 * LANES) {
+            const int64_t gg = least(4, rows - g), vectors = least(4, (dim - d) / LANES);
+            const float *weights = scores + g * RUN;
+            float *out = share->sum + g * dim + d;
+            if (gg == 4 && vectors == 4)
+                add_values(4, 4, weights, values + d, n, dim, out);
+            else
+                for (int64_t i = 0; i < gg; i++)
+                    for (int64_t j = 0; j < vectors; j++)
+                        add_values(1, 1, weights + i * RUN, values + d + j * LANES, n, dim, out + i * dim + j * LANES);
+        }
+}
+
+/* The keys `start..stop` of one KV head, for the `rows` query heads that share it, of `tokens` tokens in a row of one
+ * sequence, each of which sees those before it. `dim` is a multiple of LANES. */
+static void attend_keys(const View *views, int64_t tokens, int64_t start, int64_t stop, const Pages *pages, int64_t heads,
+                        int64_t head, const float *const *q, int64_t rows, int64_t dim, const Share *shares) {
     float scores[MOST_ROWS * RUN];
+    stop = least(stop, views[tokens - 1].visible);
     for (int64_t at = start, row, n; at < stop; at += n) {
-        n = run_of_keys(view, at, stop, heads, head, &row);
+        n = run_of_keys(views, at, stop, heads, head, &row);
         const float *values = pages->v + row * dim;
         for (int64_t i = 0; i < n * dim; i += 16)
             __builtin_prefetch(values + i);
         const Matrix keys = {FP32, n, dim, dim, pages->k + row * dim, 0, 0, 0, 0};
-        product(&keys, 0, n, q, rows, scores, RUN);
-        for (int64_t g = 0; g < rows; g++) {
-            float *score = scores + g * RUN;
-            for (int64_t i = n; i < ceil_div(n, LANES) * LANES; i++)
-                score[i] = -INFINITY;
-            vec best = load(score);
-            for (int64_t i = LANES; i < n; i += LANES)
-                best = maximum(best, load(score + i));
-            const float before = share->largest[g], now = fmaxf(before, largest(best));
-            vec total = {};
-            for (int64_t i = 0; i < n; i += LANES) {
-                vec weight = exponential(load(score + i) - now);
-                store(score + i, weight);
-                total += weight;
-            }
-            const float factor = expf(before - now);
-            share->largest[g] = now;
-            share->total[g] = share->total[g] * factor + sum(total);
-            if (factor != 1.0f)
-                for (int64_t d = 0; d < dim; d++)
-                    share->sum[g * dim + d] *= factor;
-        }
-        for (int64_t g = 0; g < rows; g += 4)
-            for (int64_t d = 0; d < dim; d += 4 * LANES) {
-                const int64_t gg = least(4, rows - g), vectors = least(4, (dim - d) / LANES);
-                const float *shares = scores + g * RUN;
-                float *out = share->sum + g * dim + d;
-                if (gg == 4 && vectors == 4)
-                    add_values(4, 4, shares, values + d, n, dim, out);
-                else
-                    for (int64_t i = 0; i < gg; i++)
-                        for (int64_t j = 0; j < vectors; j++)
-                            add_values(1, 1, shares + i * RUN, values + d + j * LANES, n, dim, out + i * dim + j * LANES);
-            }
+        product(&keys, 0, n, q, tokens * rows, scores, RUN);
+        for (int64_t t = 0; t < tokens; t++)
+            if (views[t].visible > at)
+                add_run(scores + t * rows * RUN, least(n, views[t].visible - at), values, rows, dim, shares + t);
     }
 }

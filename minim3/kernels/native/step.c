@@ -4,28 +4,12 @@
  * and how many there are, changes no number.
  */
 #include "attention.h"
-
-#define MOST_TOKENS 256 /* of a step */
-#define MOST_SLICE 16  /* of an expert at a time */
+#include "experts.h"
 
 typedef struct {
     const float *scale; /* [H], the weight of the norm plus 1 */
     float eps;
 } Norm;
-
-/* SwiGLU-OAI; `limit` 0: none. */
-typedef struct {
-    float alpha, limit, beta;
-} Activation;
-
-/* Experts, or the one MLP of a dense layer (or the shared expert) as the last of them, which takes every token. */
-typedef struct {
-    int64_t experts, per_token, softmax, shared;
-    const float *router, *bias; /* [experts, H], [experts] */
-    float factor;             /* of the routed weights, which are normalized to one before */
-    Activation act, shared_act;
-    const Matrix *gate_proj, *up_proj, *down_proj; /* [experts + shared] */
-} Experts;
 
 typedef struct {
     Norm before_attention, before_experts;
@@ -59,10 +43,10 @@ typedef struct {
 typedef struct {
     View *views;
     float *x, *normed, *both, *heads, *cos, *sin, *attended, *block_scores, *sums, *largest, *totals;
-    float *logits, *weights, *acts;
-    float *expert_weights;
-    int32_t *chosen, *ids, *start, *expert_tokens;
-    int64_t blocks, shares, width, widest;
+    int32_t *chosen;
+    Listed listed;
+    int32_t *run; /* tokens of one sequence whose attention is computed together: run n is `run[n]..run[n + 1]` */
+    int64_t blocks, longest, width, runs, run_tokens;
 } Space;
 
 static void *take(char **at, int64_t bytes) {
@@ -71,11 +55,19 @@ static void *take(char **at, int64_t bytes) {
     return found;
 }
 
+/* Into how many shares the keys of a token are cut, at most: all of them, or those of the blocks that it chooses. */
+INLINE int64_t shares_of(const Layer *l, int64_t longest) {
+    const Selection *how = &l->selection;
+    if (!how->topk || ceil_div(longest, how->block) <= how->topk)
+        return ceil_div(longest, SPAN);
+    return most(ceil_div(how->topk, most(1, SPAN / how->block)), ceil_div(how->topk * how->block, SPAN));
+}
+
 /* Lays the buffers out from `memory` on; returns the bytes they take. */
 static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     char *at = memory;
     int64_t width = 0, heads = 0, attended = 0, dim = 0, kv_heads = 0, index_heads = 0, topk = 0, widest = 0, experts = 0;
-    int64_t per_token = 0, block = 1 << 30;
+    int64_t per_token = 0, block = 1 << 30, group = 1, shares = 1;
     for (int64_t n = 0; n < m->layers; n++) {
         const Layer *l = m->layer + n;
         const Experts *e = &l->experts;
@@ -84,6 +76,7 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
             all += l->project[i].rows;
         width = most(width, all);
         heads = most(heads, l->heads), kv_heads = most(kv_heads, l->kv_heads), dim = most(dim, l->dim);
+        group = most(group, l->heads / l->kv_heads);
         index_heads = most(index_heads, l->index_heads), topk = most(topk, l->selection.topk);
         if (l->selection.topk)
             block = least(block, l->selection.block);
@@ -96,10 +89,14 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     for (int64_t n = 0; n < b->sequences; n++)
         longest = most(longest, b->lengths_k[n]);
     s->blocks = ceil_div(longest, block);
-    s->shares = most(ceil_div(longest, SPAN), topk);
-    s->width = width, s->widest = widest;
-    const int64_t t = b->tokens, rows = t * kv_heads * s->shares * (heads / most(kv_heads, 1));
+    s->longest = longest;
+    for (int64_t n = 0; n < m->layers; n++)
+        shares = most(shares, shares_of(m->layer + n, longest));
+    s->width = width, s->listed.widest = widest;
+    const int64_t t = b->tokens, rows = t * shares * heads;
+    s->run_tokens = most(1, MOST_ROWS / group);
     s->views = take(&at, t * sizeof(View));
+    s->run = take(&at, 4 * (t + 1));
     s->x = take(&at, 4 * t * m->hidden);
     s->normed = take(&at, 4 * t * m->hidden);
     s->both = take(&at, m->joint ? 8 * t * m->hidden : 0);
@@ -112,20 +109,23 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     s->sums = take(&at, 4 * rows * dim);
     s->largest = take(&at, 4 * rows);
     s->totals = take(&at, 4 * rows);
-    s->logits = take(&at, 4 * t * experts);
-    s->ids = take(&at, 4 * t * per_token);
-    s->weights = take(&at, 4 * t * per_token);
-    s->start = take(&at, 4 * (experts + 2));
-    s->expert_tokens = take(&at, 4 * t * per_token);
-    s->expert_weights = take(&at, 4 * t * per_token);
-    s->acts = take(&at, 4 * t * per_token * widest);
+    Listed *e = &s->listed;
+    const int64_t listed = t * per_token;
+    const int tiles = t >= MANY_ROWS;
+    e->logits = take(&at, 4 * t * experts);
+    e->ids = take(&at, 4 * listed);
+    e->weights = take(&at, 4 * listed);
+    e->start = take(&at, 4 * (experts + 1));
+    e->item = take(&at, 4 * (experts + 1));
+    e->panel = take(&at, 4 * (experts + 1));
+    e->expert_tokens = take(&at, 4 * listed);
+    e->expert_weights = take(&at, 4 * listed);
+    e->acts = take(&at, 4 * listed * widest);
+    e->scratch.size = most(scratch_size(m->hidden), 2 * MOST_PAIRS * panel_size(widest));
+    e->scratch.size = most(e->scratch.size, most(scratch_size(attended), m->joint ? scratch_size(2 * m->hidden) : 0));
+    e->scratch.memory = take(&at, tiles ? 2 * b->threads * e->scratch.size : 0);
+    e->act_panels = take(&at, tiles ? 2 * (listed / 16 + experts) * panel_size(widest) : 0);
     return at - memory;
-}
-
-/* Rows of a buffer, or those that `index` lists. */
-INLINE void point(const float **rows, const float *x, int64_t stride, const int32_t *index, int64_t count) {
-    for (int64_t i = 0; i < count; i++)
-        rows[i] = x + (index ? index[i] : i) * stride;
 }
 
 static void norm_row(const Norm *norm, const float *x, int64_t size, float *out) {
@@ -147,36 +147,6 @@ static void norm(const Norm *norm, const float *x, int64_t tokens, int64_t size,
         norm_row(norm, x + t * size, size, out + t * stride);
 }
 
-/* out[t * ld + n] = x[t] . weight[n], or added to it. */
-static void project(const Matrix *weights, int64_t count, const float *x, int64_t stride, int64_t tokens, float *out,
-                    int64_t ld, int add) {
-    int64_t items = 0;
-    for (int64_t m = 0; m < count; m++)
-        items += ceil_div(weights[m].rows, item_rows(weights + m));
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items; item++) {
-        int64_t m = 0, column = 0, place = item;
-        for (; place >= ceil_div(weights[m].rows, item_rows(weights + m)); m++) {
-            place -= ceil_div(weights[m].rows, item_rows(weights + m));
-            column += weights[m].rows;
-        }
-        const Matrix *w = weights + m;
-        const int64_t first = place * item_rows(w), rows = least(item_rows(w), w->rows - first);
-        const float *pointers[MOST_TOKENS];
-        point(pointers, x, stride, 0, tokens);
-        float *to = out + column + first;
-        if (!add) {
-            product(w, first, rows, pointers, tokens, to, ld);
-            continue;
-        }
-        float found[MOST_TOKENS * MOST_BLOCK];
-        product(w, first, rows, pointers, tokens, found, rows);
-        for (int64_t t = 0; t < tokens; t++)
-            for (int64_t n = 0; n < rows; n++)
-                to[t * ld + n] += found[t * rows + n];
-    }
-}
-
 /* Norms and rotates the heads of the new tokens where they lie, and puts keys and values in their pages. */
 static void finish_heads(const Model *m, const Batch *b, const Layer *l, const Pages *pages, const Space *s, int64_t ld) {
     const int64_t dim = l->dim, half = m->half;
@@ -189,12 +159,12 @@ static void finish_heads(const Model *m, const Batch *b, const Layer *l, const P
         float *x = s->heads + t * ld + h * dim, *keep = 0;
         if (h < normed) {
             const float *scale = l->head_scale + h * dim, *cos = s->cos + t * half, *sin = s->sin + t * half;
-            float squares = 0;
+            vec squares = {};
             for (int64_t d = 0; d < dim; d += LANES)
-                squares += sum(load(x + d) * load(x + d));
-            const float root = 1.0f / sqrtf(squares + l->head_eps);
-            for (int64_t d = 0; d < dim; d++)
-                x[d] *= root * scale[d];
+                squares += load(x + d) * load(x + d);
+            const float root = 1.0f / sqrtf(sum(squares) + l->head_eps);
+            for (int64_t d = 0; d < dim; d += LANES)
+                store(x + d, load(x + d) * (root * load(scale + d)));
             for (int64_t d = 0; d < half; d++) {
                 const float first = x[d], second = x[d + half];
                 x[d] = first * cos[d] - second * sin[d];
@@ -245,188 +215,111 @@ static void select_blocks(const Batch *b, const Layer *l, const Pages *pages, co
     }
 }
 
+/* Where the share of a token is kept, empty: the only one lies where the result does. */
+INLINE Share empty_share(const Layer *l, const Space *s, int64_t t, int64_t head, int64_t n) {
+    const int64_t group = l->heads / l->kv_heads, shares = shares_of(l, s->longest);
+    const int64_t row = ((t * l->kv_heads + head) * shares + n) * group;
+    const Share share = {(shares > 1 ? s->sums : s->attended) + row * l->dim, s->largest + row, s->totals + row};
+    memset(share.sum, 0, 4 * group * l->dim);
+    for (int64_t g = 0; g < group; g++)
+        share.largest[g] = -INFINITY, share.total[g] = 0;
+    return share;
+}
+
+/* One share of the keys of one KV head, for tokens of one sequence; together, where all attend all keys. */
+static void attend_share(const Layer *l, const Pages *pages, const Space *s, int64_t ld, int64_t t, int64_t tokens,
+                         int64_t head, int64_t n) {
+    const Selection *how = &l->selection;
+    const View *views = s->views + t;
+    const int64_t dim = l->dim, group = l->heads / l->kv_heads, each = how->topk ? most(1, SPAN / how->block) : 0;
+    const float *q[MOST_ROWS];
+    Share shares[MOST_ROWS];
+    if (tokens > 1 && chooses(l, views + tokens - 1)) {
+        for (int64_t i = 0; i < tokens; i++)
+            attend_share(l, pages, s, ld, t + i, 1, head, n);
+        return;
+    }
+    const int sparse = chooses(l, views);
+    if (sparse ? n * each >= how->topk : n * SPAN >= views[tokens - 1].visible)
+        return;
+    for (int64_t i = 0; i < tokens; i++) {
+        point(q + i * group, s->heads + (t + i) * ld + head * group * dim, dim, 0, group);
+        shares[i] = empty_share(l, s, t + i, head, n);
+    }
+    if (!sparse) {
+        attend_keys(views, tokens, n * SPAN, (n + 1) * SPAN, pages, l->kv_heads, head, q, group, dim, shares);
+        return;
+    }
+    const int32_t *ids = s->chosen + (t * l->index_heads + head) * how->topk;
+    for (int64_t i = n * each; i < least((n + 1) * each, how->topk); i++)
+        attend_keys(views, 1, ids[i] * how->block, (ids[i] + 1) * how->block, pages, l->kv_heads, head, q, group, dim, shares);
+}
+
 /* Attention in shares of SPAN keys or one block, whichever is more, which are put together in their order. */
 static void attend(const Batch *b, const Layer *l, const Pages *pages, const Space *s, int64_t ld) {
     const Selection *how = &l->selection;
     const int64_t dim = l->dim, group = l->heads / l->kv_heads, each = how->topk ? most(1, SPAN / how->block) : 0;
-    const int64_t entries = b->tokens * l->kv_heads;
+    const int64_t most_shares = shares_of(l, s->longest);
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < entries * s->shares; item++) {
-        const int64_t entry = item / s->shares, n = item % s->shares, t = entry / l->kv_heads, h = entry % l->kv_heads;
-        const View *view = s->views + t;
-        const int sparse = chooses(l, view);
-        if (sparse ? n * each >= how->topk : n * SPAN >= view->visible)
-            continue;
-        const int64_t row = item * group;
-        const Share share = {s->sums + row * dim, s->largest + row, s->totals + row};
-        const float *q[MOST_ROWS];
-        point(q, s->heads + t * ld + h * group * dim, dim, 0, group);
-        memset(share.sum, 0, 4 * group * dim);
-        for (int64_t g = 0; g < group; g++)
-            share.largest[g] = -INFINITY, share.total[g] = 0;
-        if (!sparse) {
-            attend_keys(view, n * SPAN, least((n + 1) * SPAN, view->visible), pages, l->kv_heads, h, q, group, dim, &share);
-            continue;
-        }
-        const int32_t *ids = s->chosen + (t * l->index_heads + h) * how->topk;
-        for (int64_t i = n * each; i < least((n + 1) * each, how->topk); i++)
-            attend_keys(view, ids[i] * how->block, least((ids[i] + 1) * how->block, view->visible), pages, l->kv_heads, h,
-                        q, group, dim, &share);
+    for (int64_t item = 0; item < s->runs * l->kv_heads * most_shares; item++) {
+        const int64_t run = item / (l->kv_heads * most_shares), head = item / most_shares % l->kv_heads;
+        attend_share(l, pages, s, ld, s->run[run], s->run[run + 1] - s->run[run], head, item % most_shares);
     }
 #pragma omp for schedule(static)
-    for (int64_t item = 0; item < entries * group; item++) {
+    for (int64_t item = 0; item < b->tokens * l->heads; item++) {
         const int64_t entry = item / group, g = item % group;
         const View *view = s->views + entry / l->kv_heads;
         const int64_t shares = chooses(l, view) ? ceil_div(how->topk, each) : ceil_div(view->visible, SPAN);
-        const int64_t first = entry * s->shares * group + g;
+        const int64_t first = entry * most_shares * group + g;
         float best = -INFINITY, total = 0, *out = s->attended + item * dim;
-        for (int64_t n = 0; n < shares; n++)
-            best = fmaxf(best, s->largest[first + n * group]);
-        memset(out, 0, 4 * dim);
-        for (int64_t n = 0; n < shares; n++) {
-            const int64_t row = first + n * group;
-            const float factor = expf(s->largest[row] - best);
-            total += s->totals[row] * factor;
-            for (int64_t d = 0; d < dim; d++)
-                out[d] += s->sums[row * dim + d] * factor;
-        }
-        for (int64_t d = 0; d < dim; d++)
-            out[d] /= total;
-    }
-}
-
-/* The experts of a token and their weights, from its logits: the lower number among equals. */
-static void choose_experts(const Experts *e, float *logits, int32_t *ids, float *weights) {
-    float best = -INFINITY, total = 0;
-    for (int64_t i = 0; i < e->experts; i++)
-        best = fmaxf(best, logits[i]);
-    for (int64_t i = 0; i < e->experts; i++)
-        total += logits[i] = e->softmax ? expf(logits[i] - best) : 1.0f / (1.0f + expf(-logits[i]));
-    for (int64_t i = 0; e->softmax && i < e->experts; i++)
-        logits[i] /= total;
-    total = 0;
-    for (int64_t j = 0; j < e->per_token; j++) {
-        int64_t found = -1;
-        float highest = 0;
-        for (int64_t i = 0; i < e->experts; i++) {
-            const float score = logits[i] + (e->bias ? e->bias[i] : 0);
-            int taken = 0;
-            for (int64_t k = 0; k < j; k++)
-                taken |= ids[k] == i;
-            /* NaN ranks highest, as in torch, so that it shows. */
-            if (!taken && (found < 0 || score > highest || (score != score && highest == highest)))
-                found = i, highest = score;
-        }
-        ids[j] = (int32_t)found;
-        total += weights[j] = logits[found];
-    }
-    for (int64_t j = 0; j < e->per_token; j++)
-        weights[j] *= e->factor / total;
-}
-
-/* Tokens and weights by expert: those of expert e are `start[e]..start[e + 1]`. */
-static void group_tokens(const Experts *e, int64_t tokens, const Space *s) {
-    int64_t count = 0;
-    for (int64_t i = 0; i < e->experts; i++) {
-        s->start[i] = (int32_t)count;
-        for (int64_t j = 0; j < tokens * e->per_token; j++)
-            if (s->ids[j] == i) {
-                s->expert_tokens[count] = (int32_t)(j / e->per_token);
-                s->expert_weights[count++] = s->weights[j];
-            }
-    }
-    s->start[e->experts] = (int32_t)count;
-    for (int64_t t = 0; e->shared && t < tokens; t++, count++)
-        s->expert_tokens[count] = (int32_t)t, s->expert_weights[count] = 1.0f;
-    s->start[e->experts + e->shared] = (int32_t)count;
-}
-
-static void swiglu(const Activation *a, const float *gate, const float *up, int64_t size, float *out) {
-    const float limit = a->limit ? a->limit : INFINITY;
-    for (int64_t i = 0; i < size; i += LANES) { /* gate, up and out have room for a whole vector */
-        const vec g = minimum(load(gate + i), all(limit)), u = maximum(minimum(load(up + i), all(limit)), all(-limit));
-        store(out + i, g / (1.0f + exponential(g * -a->alpha)) * (u + a->beta));
-    }
-}
-
-static void add_experts(const Experts *e, const float *normed, int64_t tokens, int64_t hidden, float *x, const Space *s) {
-    const int64_t count = e->experts + e->shared;
-    if (e->experts) {
-        const Matrix router = {FP32, e->experts, hidden, hidden, e->router, 0, 0, 0, 0};
-        project(&router, 1, normed, hidden, tokens, s->logits, e->experts, 0);
-#pragma omp for schedule(static)
-        for (int64_t t = 0; t < tokens; t++)
-            choose_experts(e, s->logits + t * e->experts, s->ids + t * e->per_token, s->weights + t * e->per_token);
-    }
-#pragma omp single
-    group_tokens(e, tokens, s);
-    int64_t items = 0;
-    for (int64_t i = 0; i < count; i++)
-        if (s->start[i + 1] > s->start[i])
-            items += ceil_div(e->down_proj[i].columns, item_rows(e->gate_proj + i));
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < items; item++) {
-        int64_t i = 0, place = item;
-        for (;; i++) {
-            const int64_t own = s->start[i + 1] > s->start[i] ? ceil_div(e->down_proj[i].columns, item_rows(e->gate_proj + i)) : 0;
-            if (place < own)
-                break;
-            place -= own;
-        }
-        const int64_t width = e->down_proj[i].columns, first = place * item_rows(e->gate_proj + i);
-        const int64_t rows = least(item_rows(e->gate_proj + i), width - first), start = s->start[i];
-        const Activation *act = i < e->experts ? &e->act : &e->shared_act;
-        const float *pointers[MOST_TOKENS];
-        float gate[MOST_SLICE * MOST_BLOCK + LANES], up[MOST_SLICE * MOST_BLOCK + LANES], found[MOST_BLOCK + LANES];
-        for (int64_t from = start; from < s->start[i + 1]; from += MOST_SLICE) {
-            const int64_t n = least(MOST_SLICE, s->start[i + 1] - from);
-            point(pointers, normed, hidden, s->expert_tokens + from, n);
-            product(e->gate_proj + i, first, rows, pointers, n, gate, rows);
-            product(e->up_proj + i, first, rows, pointers, n, up, rows);
-            for (int64_t j = 0; j < n; j++) {
-                swiglu(act, gate + j * rows, up + j * rows, rows, found);
-                memcpy(s->acts + (from + j) * s->widest + first, found, 4 * rows);
+        if (most_shares == 1) {
+            total = s->totals[first];
+        } else {
+            for (int64_t n = 0; n < shares; n++)
+                best = fmaxf(best, s->largest[first + n * group]);
+            memset(out, 0, 4 * dim);
+            for (int64_t n = 0; n < shares; n++) {
+                const int64_t row = first + n * group;
+                const float factor = expf(s->largest[row] - best);
+                total += s->totals[row] * factor;
+                for (int64_t d = 0; d < dim; d += LANES)
+                    store(out + d, load(out + d) + load(s->sums + row * dim + d) * factor);
             }
         }
-    }
-    const int64_t each = item_rows(e->down_proj);
-#pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < ceil_div(hidden, each); item++) {
-        const int64_t first = item * each, rows = least(each, hidden - first);
-        const float *pointers[MOST_TOKENS];
-        float found[MOST_TOKENS * MOST_BLOCK];
-        for (int64_t i = 0; i < count; i++) {
-            const int64_t start = s->start[i], n = s->start[i + 1] - start;
-            if (!n)
-                continue;
-            point(pointers, s->acts + start * s->widest, s->widest, 0, n);
-            product(e->down_proj + i, first, rows, pointers, n, found, rows);
-            for (int64_t j = 0; j < n; j++) {
-                float *to = x + s->expert_tokens[start + j] * hidden + first;
-                for (int64_t d = 0; d < rows; d++)
-                    to[d] += s->expert_weights[start + j] * found[j * rows + d];
-            }
-        }
+        for (int64_t d = 0; d < dim; d += LANES)
+            store(out + d, load(out + d) / total);
     }
 }
 
-static void prepare(const Model *m, const Batch *b, const Space *s) {
+static void prepare(const Model *m, const Batch *b, Space *s) {
+    s->runs = 0;
     for (int64_t n = 0, t = 0; n < b->sequences; n++)
         for (int64_t i = 0; i < b->lengths_q[n]; i++, t++) {
+            if (i % s->run_tokens == 0)
+                s->run[s->runs++] = (int32_t)t;
             s->views[t] = (View){b->page_table + n * b->table_stride, b->lengths_k[n] - b->lengths_q[n] + i + 1, b->page_size};
             for (int64_t d = 0; d < m->half; d++) {
                 const float angle = (float)b->positions[t] * m->frequencies[d];
                 s->cos[t * m->half + d] = cosf(angle), s->sin[t * m->half + d] = sinf(angle);
             }
         }
+    s->run[s->runs] = (int32_t)b->tokens;
     if (!m->joint)
         memcpy(s->x, b->embeds, 4 * b->tokens * m->hidden);
 }
 
 /* out [count, rows] = x [count, columns] times the rows of a weight. */
 void minim3_product(const Matrix *w, const float *x, int64_t count, float *out, int64_t threads) {
+    Scratch scratch = {0, scratch_size(w->columns)};
+    if (on_tiles(w, count))
+        scratch.memory = aligned_alloc(64, 2 * threads * scratch.size);
 #pragma omp parallel num_threads((int)threads)
-    project(w, 1, x, w->columns, count, out, w->rows, 0);
+    {
+        begin_tiles(count);
+        project(w, 1, x, w->columns, &scratch, count, out, w->rows, 0);
+        end_tiles(count);
+    }
+    free(scratch.memory);
 }
 
 int64_t minim3_lanes(void) { return LANES; }
@@ -443,24 +336,26 @@ void minim3_step(const Model *m, const Batch *b, char *memory) {
     const int64_t tokens = b->tokens, hidden = m->hidden;
 #pragma omp parallel num_threads((int)b->threads)
     {
+        begin_tiles(tokens);
         if (m->joint) {
             norm(&m->before_embedding, b->embeds, tokens, hidden, s->both, 2 * hidden);
             norm(&m->before_hidden, b->hidden, tokens, hidden, s->both + hidden, 2 * hidden);
-            project(m->joint, 1, s->both, 2 * hidden, tokens, s->x, hidden, 0);
+            project(m->joint, 1, s->both, 2 * hidden, &s->listed.scratch, tokens, s->x, hidden, 0);
         }
         for (int64_t n = 0; n < m->layers; n++) {
             const Layer *l = m->layer + n;
             const Pages *pages = b->pages + n;
             norm(&l->before_attention, s->x, tokens, hidden, s->normed, hidden);
-            project(l->project, l->projections, s->normed, hidden, tokens, s->heads, s->width, 0);
+            project(l->project, l->projections, s->normed, hidden, &s->listed.scratch, tokens, s->heads, s->width, 0);
             finish_heads(m, b, l, pages, s, s->width);
             if (l->selection.topk)
                 select_blocks(b, l, pages, s, s->width);
             attend(b, l, pages, s, s->width);
-            project(l->output, 1, s->attended, l->heads * l->dim, tokens, s->x, hidden, 1);
+            project(l->output, 1, s->attended, l->heads * l->dim, &s->listed.scratch, tokens, s->x, hidden, 1);
             norm(&l->before_experts, s->x, tokens, hidden, s->normed, hidden);
-            add_experts(&l->experts, s->normed, tokens, hidden, s->x, s);
+            add_experts(&l->experts, s->normed, tokens, hidden, s->x, &s->listed);
         }
         norm(&m->last, s->x, tokens, hidden, b->out, hidden);
+        end_tiles(tokens);
     }
 }
