@@ -59,7 +59,9 @@ static void choose_experts(const Experts *e, float *logits, int32_t *ids, float 
 }
 
 INLINE int expert_on_tiles(const Experts *e, int64_t i, int64_t count) {
-    return on_tiles(e->gate_proj + i, count) && on_tiles(e->up_proj + i, count) && on_tiles(e->down_proj + i, count);
+    const Matrix *gate = e->gate_proj + i, *up = e->up_proj + i;
+    return on_tiles(gate, count) && on_tiles(up, count) && on_tiles(e->down_proj + i, count) &&
+           neighbours(gate) == neighbours(up);
 }
 
 INLINE int64_t steps_of(const Experts *e, int64_t i) { return ceil_div(e->down_proj[i].columns, PAIR); }
@@ -147,13 +149,15 @@ static void tile_activate(const Experts *e, int64_t i, int64_t from, int64_t cou
     float gate[PAIR * MOST_INPUTS] __attribute__((aligned(64))), up[PAIR * MOST_INPUTS] __attribute__((aligned(64)));
     bf16 *inputs = own(&s->scratch);
     bf16 *acts = s->act_panels + s->panel[i] * panel_size(s->widest) + from / SIDE * size;
-    pack_chunk(normed, hidden, s->expert_tokens + s->start[i] + from, count, hidden, inputs);
+    const int paired = neighbours(e->down_proj + i);
+    pack_chunk(neighbours(e->gate_proj + i), normed, hidden, s->expert_tokens + s->start[i] + from, count, hidden, inputs);
     for (int64_t n = step; n < step + steps; n++) {
         tile_rows(e->gate_proj + i, n * PAIR, inputs, panels, gate);
         tile_rows(e->up_proj + i, n * PAIR, inputs, panels, up);
         for (int64_t p = 0; p < panels; p++)
             for (int64_t r = 0; r < SIDE; r++) {
-                const int64_t at = r * MOST_INPUTS + p * SIDE, next = at + SIDE * MOST_INPUTS;
+                const int64_t at = (paired ? 2 * r : r) * MOST_INPUTS + p * SIDE;
+                const int64_t next = at + (paired ? 1 : SIDE) * MOST_INPUTS;
                 const vec first = activated(act, load(gate + at), load(up + at));
                 pack_pair(first, activated(act, load(gate + next), load(up + next)), r, acts + p * size + n * STEP);
             }

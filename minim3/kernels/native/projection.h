@@ -22,9 +22,10 @@ typedef struct {
 INLINE bf16 *own(const Scratch *scratch) { return scratch->memory + omp_get_thread_num() * scratch->size; }
 
 /* Panels of `count` rows of x: those at `index`, or as they follow. */
-static void pack_chunk(const float *x, int64_t stride, const int32_t *index, int64_t count, int64_t columns, bf16 *to) {
+static void pack_chunk(int neighbours, const float *x, int64_t stride, const int32_t *index, int64_t count,
+                       int64_t columns, bf16 *to) {
     for (int64_t n = 0; n < count; n += 16)
-        pack_inputs(index ? x : x + n * stride, stride, index ? index + n : 0, least(16, count - n), columns,
+        pack_inputs(neighbours, index ? x : x + n * stride, stride, index ? index + n : 0, least(16, count - n), columns,
                     to + n / 16 * panel_size(columns));
 }
 
@@ -66,7 +67,7 @@ static void project_on_tiles(const Matrix *weights, int64_t blocks, const float 
         int64_t block = item % blocks, column;
         const Matrix *w = find_block(weights, 1, &block, &column);
         if (packed != from)
-            pack_chunk(x + from * stride, stride, 0, n, w->columns, panels);
+            pack_chunk(neighbours(w), x + from * stride, stride, 0, n, w->columns, panels);
         packed = from;
         tile_product(w, block * PAIR, panels, n, out + from * ld + column + block * PAIR, ld, add);
     }
@@ -94,7 +95,7 @@ static void project(const Matrix *weights, int64_t count, const float *x, int64_
     int tiles = scratch != 0;
     int64_t blocks = 0;
     for (int64_t m = 0; m < count; m++)
-        tiles &= on_tiles(weights + m, tokens);
+        tiles &= on_tiles(weights + m, tokens) && neighbours(weights + m) == neighbours(weights);
     for (int64_t m = 0; m < count; m++)
         blocks += ceil_div(weights[m].rows, rows_of_block(weights + m, tiles));
     if (tiles)

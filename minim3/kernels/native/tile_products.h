@@ -1,7 +1,8 @@
 /* Rows of a weight times many rows of x, on tiles.
  *
  * The rows of the weight are A, split by the thread that multiplies them; those of x are B, split once for all. A step
- * pairs columns 16 apart, in both alike, which takes fewer instructions than neighbours. What comes out is turned,
+ * pairs columns 16 apart, in both alike, which takes fewer instructions than neighbours; but neighbours for BF16, whose
+ * rows are tiles as they lie in memory. What comes out is turned,
  * [rows of the weight, rows of x]: as SwiGLU's results enter the next product. A number is the same to the bit whatever
  * other rows are computed with it.
  */
@@ -10,11 +11,12 @@
 #include "products.h"
 #include "tiles.h"
 
-/* Rows of x from which tiles are quicker, by format. INT8, BF16 and MXFP8 need no splitting. */
+/* Rows of x from which tiles are quicker, by format: INT8, BF16 and MXFP8 need no splitting. */
 #define MANY_FP32 20
+#define MANY_BF16 3
 #define MANY_INT8 10
 #define MANY_INT4 14
-#define MANY_ROWS MANY_INT8 /* of any */
+#define MANY_ROWS MANY_BF16 /* of any */
 
 #define MOST_INPUTS 256       /* rows of x multiplied at a time: their products are kept on the stack */
 #define MOST_CACHED (1 << 20) /* bytes of them, which the second cache keeps while rows of the weight go by */
@@ -37,8 +39,8 @@ INLINE int on_tiles(const Matrix *w, int64_t count) {
         return 0;
     switch (w->format) {
     case FP32: return count >= MANY_FP32;
+    case BF16: return count >= MANY_BF16;
     case INT8:
-    case BF16:
     case MXFP8: return count >= MANY_INT8;
     default: return count >= MANY_INT4 && w->group % DEPTH == 0 && w->columns % DEPTH == 0;
     }
@@ -54,8 +56,12 @@ INLINE vec load_up_to(const float *x, int64_t count) {
     return __builtin_expect(count >= LANES, 1) ? load(x) : (vec)_mm512_maskz_loadu_ps(first_lanes(count), x);
 }
 
+/* Whether a step pairs neighbours, of these weights that multiply the same inputs. */
+INLINE int neighbours(const Matrix *w) { return w->format == BF16; }
+
 /* A panel of B, whose columns are up to 16 rows: row r is `index[r]` of x, or r. */
-static void pack_inputs(const float *x, int64_t stride, const int32_t *index, int64_t rows, int64_t columns, bf16 *to) {
+static void pack_inputs(int neighbours, const float *x, int64_t stride, const int32_t *index, int64_t rows,
+                        int64_t columns, bf16 *to) {
     for (int64_t at = 0; at < columns; at += DEPTH, to += STEP) {
         vec half[2][SIDE];
         for (int h = 0; h < 2; h++) {
@@ -64,8 +70,9 @@ static void pack_inputs(const float *x, int64_t stride, const int32_t *index, in
                                         r < rows ? columns - at - h * LANES : 0);
             turn_lanes((__m512i *)half[h]);
         }
+        const vec *column = half[0];
         for (int i = 0; i < SIDE; i++)
-            pack_pair(half[0][i], half[1][i], i, to);
+            neighbours ? pack_pair(column[2 * i], column[2 * i + 1], i, to) : pack_pair(column[i], column[SIDE + i], i, to);
     }
 }
 
@@ -136,9 +143,27 @@ static void pack_int4(const Matrix *w, int64_t first, int64_t step, int64_t step
         }
 }
 
+/* The same of BF16, as they lie. */
+static void pack_bf16(const Matrix *w, int64_t first, int64_t step, int64_t steps, bf16 *to) {
+    for (int64_t r = 0; r < PAIR; r++)
+        for (int64_t s = 0; s < steps; s++) {
+            const int64_t at = (step + s) * DEPTH, known = first + r < w->rows ? w->columns - at : 0;
+            const bf16 *row = (const bf16 *)w->codes + least(first + r, w->rows - 1) * w->stride + at;
+            const __mmask32 some = known >= DEPTH ? 0xffffffffu : known > 0 ? (1u << known) - 1 : 0;
+            put(to + (r / SIDE * steps + s) * PART + r % SIDE * DEPTH, (uvec)_mm512_maskz_loadu_epi16(some, row));
+        }
+}
+
+/* Where rows of BF16 are whole tiles, and need not be packed. */
+INLINE int lie_as_tiles(const Matrix *w, int64_t first) {
+    return w->format == BF16 && first + PAIR <= w->rows && w->columns % DEPTH == 0;
+}
+
 INLINE void pack_weight(const int format, const Matrix *w, int64_t first, int64_t step, int64_t steps, bf16 *to) {
     if (format == INT4)
         pack_int4(w, first, step, steps, to);
+    else if (format == BF16)
+        pack_bf16(w, first, step, steps, to);
     else
         pack_plain(format, w, first, step, steps, to);
 }
@@ -190,11 +215,40 @@ INLINE void multiply_steps(const int parts, const int two, const bf16 *a, int64_
     }
 }
 
+/* The same for rows of BF16 from `first` on where they lie. */
+INLINE void multiply_rows(const Matrix *w, int64_t first, const int two, const bf16 *b, int64_t b_next, int64_t steps,
+                          const Coming *coming) {
+    const char *a = (const char *)w->codes + first * w->stride * 2;
+    const int64_t row = w->stride * 2;
+    WRITTEN();
+    for (int64_t s = 0; s < steps; s++, a += DEPTH * 2, b += STEP) {
+        fetch(coming, s);
+        _tile_loadd(4, a, row);
+        _tile_loadd(5, a + SIDE * row, row);
+        B_PARTS(2); PRODUCTS();
+        B_PARTS(1); PRODUCTS();
+        B_PARTS(0); PRODUCTS();
+    }
+}
+
 /* Codes are scaled where they have been summed. */
 INLINE void scale_rows(const int format, const Matrix *w, int64_t first, float *found, int64_t stride, int64_t count) {
     for (int64_t r = 0; format == INT8 && r < least(PAIR, w->rows - first); r++)
         for (int64_t t = 0; t < count; t += LANES)
             store(found + r * stride + t, load(found + r * stride + t) * from_bf16(w->scales[first + r]));
+}
+
+static void rows_as_they_lie(const Matrix *w, int64_t first, const bf16 *x, int64_t panels, float *out) {
+    const int64_t steps = w->columns / DEPTH, size = steps * STEP;
+    for (int64_t p = 0; p < panels; p += 2) {
+        const Coming coming = coming_rows(BF16, w, first + PAIR, 0, p / 2, ceil_div(panels, 2));
+        zero_tiles();
+        if (p + 1 < panels)
+            multiply_rows(w, first, 1, x + p * size, size, steps, &coming);
+        else
+            multiply_rows(w, first, 0, x + p * size, size, steps, &coming);
+        store_tiles(out + p * SIDE, MOST_INPUTS);
+    }
 }
 
 INLINE void rows_of_format(const int format, const Matrix *w, int64_t first, const bf16 *x, int64_t panels, float *out) {
@@ -226,7 +280,12 @@ static __attribute__((noinline)) void tile_rows(const Matrix *w, int64_t first, 
     switch (w->format) {
     case FP32: rows_of_format(FP32, w, first, x, panels, out); break;
     case INT8: rows_of_format(INT8, w, first, x, panels, out); break;
-    case BF16: rows_of_format(BF16, w, first, x, panels, out); break;
+    case BF16:
+        if (lie_as_tiles(w, first))
+            rows_as_they_lie(w, first, x, panels, out);
+        else
+            rows_of_format(BF16, w, first, x, panels, out);
+        break;
     case MXFP8: rows_of_format(MXFP8, w, first, x, panels, out); break;
     case INT4: rows_of_format(INT4, w, first, x, panels, out); break;
     }
@@ -265,14 +324,20 @@ INLINE void add_pairs(const int format, const Matrix *w, int64_t first, int64_t 
     const int64_t steps = ceil_div(w->columns, DEPTH), size = steps * STEP, next = steps * parts * PART;
     float found[PAIR * PAIR] __attribute__((aligned(64)));
     for (int64_t n = 0; n < pairs; n++)
-        pack_weight(format, w, first + n * PAIR, 0, steps, weight + 2 * n * next);
+        if (format != BF16 || !lie_as_tiles(w, first + n * PAIR))
+            pack_weight(format, w, first + n * PAIR, 0, steps, weight + 2 * n * next);
     for (int64_t t = 0; t < count; t += PAIR, x += 2 * size)
         for (int64_t n = 0; n < pairs; n++) {
             const int64_t row = first + n * PAIR, share = 2 * size / pairs;
             const int64_t left = ceil_div(most(0, count - t - PAIR), SIDE);
             const Coming coming = {(const char *)(x + 2 * size) + n * share, least(2, left), 2 * size, share / steps};
             zero_tiles();
-            if (count - t > SIDE)
+            if (format == BF16 && lie_as_tiles(w, row)) {
+                if (count - t > SIDE)
+                    multiply_rows(w, row, 1, x, size, steps, &coming);
+                else
+                    multiply_rows(w, row, 0, x, size, steps, &coming);
+            } else if (count - t > SIDE)
                 multiply_steps(parts, 1, weight + 2 * n * next, next, x, size, steps, &coming);
             else
                 multiply_steps(parts, 0, weight + 2 * n * next, next, x, size, steps, &coming);
@@ -301,7 +366,9 @@ INLINE void begin_tiles(int64_t rows) {}
 INLINE void end_tiles(int64_t rows) {}
 INLINE int on_tiles(const Matrix *w, int64_t count) { return 0; }
 INLINE int64_t panel_size(int64_t columns) { return 0; }
-INLINE void pack_inputs(const float *x, int64_t stride, const int32_t *index, int64_t rows, int64_t columns, bf16 *to) {}
+INLINE int neighbours(const Matrix *w) { return 0; }
+INLINE void pack_inputs(int neighbours, const float *x, int64_t stride, const int32_t *index, int64_t rows,
+                        int64_t columns, bf16 *to) {}
 INLINE void tile_product(const Matrix *w, int64_t first, const bf16 *x, int64_t count, float *out, int64_t ld, int add) {}
 INLINE void tile_add(const Matrix *w, int64_t first, int64_t pairs, const bf16 *x, int64_t count, bf16 *weight, float *out,
                      int64_t ld, const int32_t *index, const float *factor) {}
