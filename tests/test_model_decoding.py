@@ -88,9 +88,20 @@ def compare(
     with torch.inference_mode():
         got = decoding.forward_packed(x, ours)
         want = model.text_model.forward_packed(x, theirs)
+        nudged = [
+            model.text_model.forward_packed(
+                x * (1 + 1e-6 * torch.randn(x.shape, generator=torch.Generator().manual_seed(n))),
+                cached(model, steps, page_size),
+            )
+            for n in range(2)
+        ]
     assert got is not None
     assert torch.isfinite(got).all()
-    assert (got - want).abs().max() <= 1e-5 * want.abs().max()
+    bound = 1e-5 * want.abs().max()
+    # A near tie of blocks or experts, which the modules themselves decide otherwise for a nudge, is no difference.
+    tied = torch.stack([(other - want).abs().amax(1) > 10 * bound for other in nudged]).any(0)
+    assert tied.sum() <= max(1, len(tied) // 50)
+    assert (got - want).abs().amax(1)[~tied].max() <= bound
     assert ours.pages is not None
     assert theirs.pages is not None
     for a, b in zip(ours.pages.layers, theirs.pages.layers):

@@ -18,6 +18,7 @@ from minim3.cli import session
 from minim3.cli.app import main
 from minim3.inference.engine import Engine
 from minim3.inference.request import SamplingParams
+from minim3.model import quantized as quantized_modules
 from minim3.model import weight_formats
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration
 from minim3.model.moe import MiniMaxM3Experts
@@ -214,9 +215,9 @@ def test_quantized_experts_compute_what_plain_ones_do(format: str, tokens: int, 
 def test_idle_experts_do_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     """One token must not read the weights of all experts."""
     quantized, _ = experts_of("int8")
-    used = []
-    product = Int8Matrix.product
-    monkeypatch.setattr(Int8Matrix, "product", lambda self, x: used.append(id(self)) or product(self, x))
+    used: list[int] = []
+    product = quantized_modules._product
+    monkeypatch.setattr(quantized_modules, "_product", lambda m, *args: used.append(id(m)) or product(m, *args))
     with torch.no_grad():
         quantized(torch.randn(4, 32), torch.tensor([[1, 4, 2]] * 4), torch.ones(4, 3))
     assert set(used) == {id(stack[expert]) for stack in (quantized.w13, quantized.w2) for expert in (1, 2, 4)}

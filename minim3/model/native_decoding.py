@@ -26,14 +26,11 @@ from minim3.model.decoding_products import is_plain
 from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, rotary_frequencies
 from minim3.model.moe import MiniMaxM3Experts, MiniMaxM3MoE
 from minim3.model.mtp import MiniMaxM3MTPBlock
+from minim3.model.native_matrices import NoForm, structure_of
 from minim3.model.quantized import QuantizedExperts, QuantizedLinear
-from minim3.model.weight_formats import Bf16Matrix, Int4Matrix, Int8Matrix, MXFP8Matrix, WeightMatrix, int4_layout
+from minim3.model.weight_formats import WeightMatrix
 
 logger = logging.getLogger(__name__)
-
-
-class _NoForm(Exception):
-    """A module that the kernels do not know, in words."""
 
 
 class NativeDecodingModel:
@@ -78,7 +75,7 @@ class NativeDecodingModel:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 return cls(*parts)
-            except _NoForm as reason:
+            except NoForm as reason:
                 logger.info("decoder_step does not run native: %s", reason)
                 return None
 
@@ -144,7 +141,7 @@ class NativeHead:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self._matrix = self._known.linear(head)
-        except _NoForm as reason:
+        except NoForm as reason:
             logger.info("the vocabulary product does not run native: %s", reason)
             return
         self._of = head, self._state(head)
@@ -178,19 +175,19 @@ class _Known:
 
     def norm(self, norm: nn.Module) -> native.Norm:
         if type(norm) is not MiniMaxM3RMSNorm or not is_plain(norm.weight):
-            raise _NoForm(f"a norm is a {type(norm).__name__} or not in fp32 on the CPU")
+            raise NoForm(f"a norm is a {type(norm).__name__} or not in fp32 on the CPU")
         return native.Norm(scale=self.copy(norm.scale()), eps=norm.eps)
 
     def linear(self, module: nn.Module) -> native.Matrix:
         if type(module) is QuantizedLinear:
             return self.quantized(module.matrix)
         if type(module) is not nn.Linear or module.bias is not None:
-            raise _NoForm(f"a projection is a {type(module).__name__}")
+            raise NoForm(f"a projection is a {type(module).__name__}")
         return self.plain(module.weight)
 
     def plain(self, weight: Tensor) -> native.Matrix:
         if not is_plain(weight) or weight.stride(1) != 1:
-            raise _NoForm("a weight is not dense fp32 on the CPU")
+            raise NoForm("a weight is not dense fp32 on the CPU")
         self._kept.append(weight)
         rows, columns = weight.shape
         return native.Matrix(rows=rows, columns=columns, stride=weight.stride(0), codes=weight.data_ptr())
@@ -198,44 +195,7 @@ class _Known:
     def quantized(self, matrix: WeightMatrix | None, first: int = 0, last: int | None = None) -> native.Matrix:
         """Rows `first..last` of a matrix."""
         self._kept.append(matrix)
-        if isinstance(matrix, Int8Matrix):
-            last = matrix.num_rows if last is None else last
-            codes, scales = matrix.codes[first:last], matrix.scales[first:last]
-            return native.Matrix(
-                format=native.INT8, rows=last - first, columns=matrix.columns, stride=codes.stride(0),
-                codes=codes.data_ptr(), scales=scales.data_ptr(),
-            )  # fmt: skip
-        if isinstance(matrix, Bf16Matrix):
-            values = matrix.values[first:last]
-            return native.Matrix(
-                format=native.BF16, rows=values.shape[0], columns=matrix.columns, stride=values.stride(0),
-                codes=values.data_ptr(),
-            )  # fmt: skip
-        if isinstance(matrix, MXFP8Matrix):
-            codes, powers = matrix.codes[first:last], matrix.scales[first:last]
-            if powers.numel() and int(powers.max()) > native.MOST_SCALE:
-                raise _NoForm("MXFP8 scales are past 2^119")
-            return native.Matrix(
-                format=native.MXFP8, rows=codes.shape[0], columns=matrix.columns, stride=codes.stride(0),
-                codes=codes.data_ptr(), scales=powers.data_ptr(), group=powers.stride(0),
-            )  # fmt: skip
-        layout = int4_layout()
-        if not isinstance(matrix, Int4Matrix) or layout is None or layout.block not in native.int4_blocks():
-            raise _NoForm(f"a weight is {getattr(matrix, 'format', None)}, in an order that they do not know")
-        last = matrix.num_rows if last is None else last
-        if (
-            first % layout.block
-            or matrix.spans != ((0, matrix.num_rows),)
-            or 2 * matrix.codes.shape[1] != matrix.columns
-        ):
-            raise _NoForm("4-bit rows of an expert do not fill blocks")
-        factors = matrix.scales_and_zeros
-        assert factors.stride()[1:] == (2, 1), factors.stride()
-        return native.Matrix(
-            format=native.INT4, rows=last - first, columns=matrix.columns, stride=factors.stride(0) // 2,
-            codes=matrix.codes[first:].data_ptr(), scales=factors[:, first:].data_ptr(), group=matrix.group_size,
-            block=layout.block, neighbours=layout.neighbours,
-        )  # fmt: skip
+        return structure_of(matrix, first, last)
 
     def matrices(self, listed: Sequence[native.Matrix]) -> Any:
         array = (native.Matrix * len(listed))(*listed)
@@ -246,17 +206,17 @@ class _Known:
 def _layer(block: Block, config: MiniMaxM3VLTextConfig, known: _Known) -> native.Layer:
     attention = block.self_attn
     if type(block) is not Block or type(attention) is not MiniMaxM3Attention or attention._packed is None:
-        raise _NoForm("a layer is not packed, or of another class")
+        raise NoForm("a layer is not packed, or of another class")
     packed, indexer, dim = attention._packed, attention.indexer, attention.head_dim
     heads, kv_heads = attention.num_heads, attention.num_kv_heads
     if not packed.is_current(attention) or dim % native.lanes() or heads // kv_heads > native.MOST_ROWS:
-        raise _NoForm(f"heads of {dim}, {heads // kv_heads} to a KV head, or packed weights that were replaced")
+        raise NoForm(f"heads of {dim}, {heads // kv_heads} to a KV head, or packed weights that were replaced")
     index_heads, selection = 0, native.Selection()
     projections = [attention.q_proj, attention.k_proj]
     if indexer is not None:
         index_heads = indexer.num_index_heads
         if index_heads != kv_heads or index_heads > native.MOST_ROWS or indexer.topk_blocks > native.MOST_TOPK:
-            raise _NoForm(f"{index_heads} index heads beside {kv_heads} KV heads")
+            raise NoForm(f"{index_heads} index heads beside {kv_heads} KV heads")
         projections += [indexer.index_q_proj, indexer.index_k_proj]
         selection = native.Selection(
             topk=indexer.topk_blocks, block=indexer.block_size, init=indexer.init_blocks, local=indexer.local_blocks,
@@ -283,9 +243,9 @@ def _experts(block: Block, known: _Known) -> native.Experts:
         moe = block.block_sparse_moe
         experts, shared = moe.experts, moe.shared_experts
         if type(moe) is not MiniMaxM3MoE or type(experts) not in (MiniMaxM3Experts, QuantizedExperts):
-            raise _NoForm(f"experts are {type(experts).__name__}")
+            raise NoForm(f"experts are {type(experts).__name__}")
         if not is_plain(moe.gate.weight):
-            raise _NoForm("a router is not in fp32")
+            raise NoForm("a router is not in fp32")
         width = experts.w2.shape[2]
         if type(experts) is QuantizedExperts:
             for n in range(experts.w2.shape[0]):
@@ -297,7 +257,7 @@ def _experts(block: Block, known: _Known) -> native.Experts:
         found.experts, found.per_token, found.factor = len(products), moe.num_experts_per_tok, moe.routed_scaling_factor
         found.softmax = moe.scoring_func != "sigmoid"
         if not moe.gate.weight.is_contiguous():
-            raise _NoForm("a router is not dense")
+            raise NoForm("a router is not dense")
         found.router = known.plain(moe.gate.weight).codes
         if moe.e_score_correction_bias is not None:
             bias = moe.e_score_correction_bias  # which training changes in place
@@ -305,7 +265,7 @@ def _experts(block: Block, known: _Known) -> native.Experts:
         found.act = native.Activation(experts.alpha, experts.limit or 0.0, experts.beta)
     if shared is not None:
         if type(shared) is not MiniMaxM3MLP:
-            raise _NoForm(f"a gated MLP is a {type(shared).__name__}")
+            raise NoForm(f"a gated MLP is a {type(shared).__name__}")
         products.append((known.linear(shared.gate_proj), known.linear(shared.up_proj), known.linear(shared.down_proj)))
         found.shared, found.shared_act = 1, native.Activation(shared.alpha, shared.limit or 0.0, shared.beta)
     gate, up, down = zip(*products, strict=True)

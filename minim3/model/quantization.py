@@ -15,6 +15,7 @@ from torch import nn
 from minim3.checkpoint import Placement, is_quantized_key, released_keys
 from minim3.checkpoint.loader import named_tensors
 from minim3.checkpoint.names import TEXT_PREFIX, VISION_PREFIXES, is_router
+from minim3.model.attention import MiniMaxM3Attention
 from minim3.model.moe import MiniMaxM3Experts
 from minim3.model.quantized import ExpertStack, QuantizedExperts, QuantizedLinear, QuantizedModule
 from minim3.model.weight_formats import FORMATS, GROUP_SIZES, num_bytes
@@ -95,6 +96,7 @@ def prepare(
     stored_mxfp8: see `Quantization.format_of`. The other parameters lose their gradients: no part can be trained.
     """
     sinks: dict[str, Sink] = {}
+    backend = next((module.backend for module in model.modules() if isinstance(module, MiniMaxM3Attention)), None)
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for parent_name, parent in list(model.named_modules()):
         for child_name, module in list(parent.named_children()):
@@ -102,7 +104,8 @@ def prepare(
             if isinstance(module, nn.Linear) and module.bias is None and id(module.weight) not in tied:
                 format = quantization.format_of(f"{name}.weight", stored_mxfp8)
                 if format is not None:
-                    linear = QuantizedLinear(module.in_features, module.out_features, format, quantization.group_size)
+                    sizes = module.in_features, module.out_features
+                    linear = QuantizedLinear(*sizes, format, quantization.group_size, backend)
                     setattr(parent, child_name, linear)
                     sinks[f"{name}.weight"] = linear
             elif isinstance(module, MiniMaxM3Experts):

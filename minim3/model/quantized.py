@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from minim3.checkpoint import Placement
 from minim3.kernels.portable.experts import swiglu_oai_
+from minim3.model import native_matrices
 from minim3.model.layers import PackedLinears, at_least_fp32
 from minim3.model.moe import MiniMaxM3Experts
 from minim3.model.weight_formats import MXFP8Matrix, WeightMatrix, quantize
@@ -54,9 +55,11 @@ class QuantizedModule(nn.Module):
 class QuantizedLinear(QuantizedModule):
     """In the place of an `nn.Linear` without a bias."""
 
-    def __init__(self, in_features: int, out_features: int, format: str, group_size: int) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, format: str, group_size: int, backend: str | None = None
+    ) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.format = in_features, out_features, format
+        self.in_features, self.out_features, self.format, self.backend = in_features, out_features, format, backend
         self._group_size = group_size
         self.matrix: WeightMatrix | None = None
         self.training = False
@@ -81,7 +84,7 @@ class QuantizedLinear(QuantizedModule):
         """`[..., in_features]` -> `[..., out_features]`, in the dtype of `x`."""
         assert self.matrix is not None, "no weight was put in"
         self._check_no_gradient(x)
-        return _product(self.matrix, x)
+        return _product(self.matrix, x, self.backend)
 
     @staticmethod
     def pack_with(projections: Sequence[nn.Module]) -> "PackedMatrices":
@@ -96,11 +99,13 @@ class QuantizedLinear(QuantizedModule):
         return f"{self.in_features}, {self.out_features}, {self.format}"
 
 
-def _product(matrix: WeightMatrix, x: Tensor) -> Tensor:
-    if x.dim() == 2:  # a step of decoding: every operator call counts
-        return matrix.product(matrix.prepare(x)).to(x.dtype)
-    flat = x.reshape(-1, x.shape[-1])
-    return matrix.product(matrix.prepare(flat)).to(x.dtype).view(*x.shape[:-1], -1)
+def _product(matrix: WeightMatrix, x: Tensor, backend: str | None) -> Tensor:
+    """`[..., columns]` -> `[..., num_rows]`: in C, or by torch's packed products and dequantized tiles."""
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])  # two dimensions: every operator call of a step counts
+    out = native_matrices.product(matrix, flat, backend)
+    if out is None:
+        out = matrix.product(matrix.prepare(flat)).to(x.dtype)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], -1)
 
 
 class PackedMatrices:
@@ -112,6 +117,7 @@ class PackedMatrices:
     def __init__(self, projections: Sequence[nn.Module]) -> None:
         kinds = [p.matrix.format if isinstance(p, QuantizedLinear) and p.matrix else None for p in projections]
         self.products: list[PackedLinears | WeightMatrix] = []
+        self._backend = next((p.backend for p in projections if isinstance(p, QuantizedLinear)), None)
         self.pieces: list[tuple[int, int, int]] = [(0, 0, 0)] * len(projections)  # product, first row, last row
         for kind in dict.fromkeys(kinds):
             places = [place for place, other in enumerate(kinds) if other == kind]
@@ -145,7 +151,7 @@ class PackedMatrices:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., all rows]`, the outputs of the projections side by side."""
-        outputs = [p(x) if isinstance(p, PackedLinears) else _product(p, x) for p in self.products]
+        outputs = [p(x) if isinstance(p, PackedLinears) else _product(p, x, self._backend) for p in self.products]
         if len(self.pieces) == 1:
             return outputs[0]
         return torch.cat([outputs[product][..., first:last] for product, first, last in self.pieces], dim=-1)
@@ -220,7 +226,7 @@ class QuantizedExperts(QuantizedModule):
     def __init__(self, experts: MiniMaxM3Experts, format: str, group_size: int) -> None:
         super().__init__()
         self.format = format
-        self.alpha, self.limit, self.beta = experts.alpha, experts.limit, experts.beta
+        self.alpha, self.limit, self.beta, self.backend = experts.alpha, experts.limit, experts.beta, experts.backend
         self.w13 = ExpertStack(experts.w13.shape, format, group_size)
         self.w2 = ExpertStack(experts.w2.shape, format, group_size)
         self.training = False
@@ -229,7 +235,7 @@ class QuantizedExperts(QuantizedModule):
         """Weighted sum of each token's experts: `x` `[T, H]`, ids and weights `[T, top_k]` -> `[T, H]`."""
         self._check_no_gradient(x)
         wide = at_least_fp32(x)
-        inputs, weights = self.w13[0].prepare(wide), expert_weights.reshape(-1, 1).to(wide.dtype)
+        inputs, weights = wide, expert_weights.reshape(-1, 1).to(wide.dtype)
         if x.shape[0] == 1:
             experts = [(expert, 1) for expert in expert_ids[0].tolist()]
             outputs = self._run([inputs] * len(experts), experts, weights)
@@ -246,11 +252,11 @@ class QuantizedExperts(QuantizedModule):
         return outputs.view(*expert_ids.shape, -1).sum(1).to(x.dtype)
 
     def _run(self, inputs: Sequence[Tensor], experts: Sequence[tuple[int, int]], weights: Tensor) -> Tensor:
-        """Prepared rows of each of `experts` (its number, its rows) -> its output times `weights`, a row each."""
-        products = [self.w13[expert].product(rows) for rows, (expert, _) in zip(inputs, experts, strict=True)]
-        act = swiglu_oai_(at_least_fp32(torch.cat(products)), self.alpha, self.limit, self.beta).mul_(weights)
-        hidden = self.w2[0].prepare(act).split([count for _, count in experts])
-        return torch.cat([self.w2[expert].product(rows) for rows, (expert, _) in zip(hidden, experts, strict=True)])
+        """Rows of each of `experts` (its number, its rows) -> its output times `weights`, a row each."""
+        products = [_product(self.w13[e], rows, self.backend) for rows, (e, _) in zip(inputs, experts, strict=True)]
+        act = swiglu_oai_(torch.cat(products), self.alpha, self.limit, self.beta).mul_(weights)
+        hidden = zip(act.split([count for _, count in experts]), experts, strict=True)
+        return torch.cat([_product(self.w2[e], rows, self.backend) for rows, (e, _) in hidden])
 
     def matrices(self) -> Iterator[WeightMatrix]:
         yield from (matrix for stack in (self.w13, self.w2) for matrix in stack.matrices if matrix is not None)

@@ -234,7 +234,7 @@ class Int4Matrix:
             y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, self.group_size, factors)
         else:
             y = _tiled(x, self.codes.shape[0], self._transposed)
-        return self._unpad(y)
+        return self.unpad(y)
 
     def bare(self) -> BareProduct | None:
         if 2 * self.codes.shape[1] != self.columns or self.codes.shape[0] != self.num_rows:
@@ -246,7 +246,7 @@ class Int4Matrix:
         if int4_layout() is None:
             raise ValueError("the order in which this torch packs 4-bit weights on this processor is not known")
         weight = self._transposed(slice(0, self.codes.shape[0]), torch.float32)
-        return self._unpad(weight[: self.columns]).t().contiguous()
+        return self.unpad(weight[: self.columns]).t().contiguous()
 
     def num_bytes(self) -> int:
         return self.codes.nbytes + self.scales_and_zeros.nbytes
@@ -264,8 +264,8 @@ class Int4Matrix:
         views = [cls(part, factor, columns, m.spans) for part, factor, m in parts]
         return cls(codes, factors, columns, _merged(spans)), views
 
-    def _unpad(self, y: Tensor) -> Tensor:
-        """`[M, rows padded]` -> `[M, rows]`."""
+    def unpad(self, y: Tensor) -> Tensor:
+        """Of a product with all rows, `[M, rows padded]`, the columns of rows of the matrix: `[M, rows]`."""
         if len(self.spans) == 1:
             ((start, stop),) = self.spans
             return y if stop - start == y.shape[1] else y[:, start:stop]
