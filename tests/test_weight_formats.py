@@ -1,6 +1,7 @@
 """Weights in fewer bits: how far codes lie from the weights, products against dequantized ones, loading, refusals."""
 
 import copy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -18,6 +20,8 @@ from minim3.cli import session
 from minim3.cli.app import main
 from minim3.inference.engine import Engine
 from minim3.inference.request import SamplingParams
+from minim3.kernels import native
+from minim3.loading import stored_format
 from minim3.model import quantized as quantized_modules
 from minim3.model import weight_formats
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseForConditionalGeneration
@@ -395,6 +399,22 @@ def test_what_a_checkpoint_stores_loses_nothing(stored: Callable[[str], Path], s
     assert error(got, want) < 1e-5
     taken = sum(weight_bytes(held).values()) / sum(weight_bytes(exact).values())
     assert taken < 0.8  # the vision part and the embedding stay as they are
+
+
+def test_auto_holds_weights_as_they_are_stored(stored: Callable[[str], Path], tmp_path: Path) -> None:
+    """Where that loses something (fp32 among them, another dtype) or is slower (no kernels in C), it must not."""
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    in_c = native.why_not() is None
+    for source, format in (("bf16", "bf16"), ("mxfp8", "mxfp8"), ("fp32", None)):
+        assert stored_format(stored(source), cpu, fp32) == (format if in_c else None)
+    assert stored_format(stored("bf16"), cpu, torch.bfloat16) is None
+    assert stored_format(stored("bf16"), torch.device("cuda"), fp32) is None
+    mixed = tmp_path / "mixed"
+    shutil.copytree(stored("bf16"), mixed)
+    tensors = load_file(mixed / "model.safetensors")
+    name = next(key for key in tensors if key.endswith("index_q_proj.weight"))
+    save_file(tensors | {name: tensors[name].float()}, mixed / "model.safetensors", {"format": "pt"})
+    assert stored_format(mixed, cpu, fp32) is None
 
 
 def test_a_tied_head_stays_with_its_embedding(tmp_path: Path) -> None:

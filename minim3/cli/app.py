@@ -30,6 +30,8 @@ class Format(StrEnum):
 
 
 class Quantization(StrEnum):
+    auto = "auto"
+    none = "none"
     bf16 = "bf16"
     int8 = "int8"
     int4 = "int4"
@@ -51,7 +53,8 @@ Model = Annotated[
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of the weights; auto is float32 on a CPU.")]
 QuantizationOption = Annotated[
-    Quantization | None, typer.Option("--quantization", help="Hold the weights in fewer bits (docs/weights.md).")
+    Quantization,
+    typer.Option("--quantization", help="Hold weights in fewer bits; auto: as stored, on a CPU (docs/weights.md)."),
 ]
 Adapter = Annotated[
     str | None, typer.Option("--adapter", metavar="PATH|HUB", help="LoRA folder to merge into the weights.")
@@ -109,7 +112,7 @@ def generate(
     ] = False,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
-    quantization: QuantizationOption = None,
+    quantization: QuantizationOption = Quantization.auto,
     threads: Threads = None,
     seed: Seed = None,
     version: Version = False,
@@ -142,7 +145,7 @@ def chat(
     greedy: Greedy = False,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
-    quantization: QuantizationOption = None,
+    quantization: QuantizationOption = Quantization.auto,
     threads: Threads = None,
     seed: Seed = None,
     version: Version = False,
@@ -226,7 +229,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The picture.")] = Path("demo.png"),
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
-    quantization: QuantizationOption = None,
+    quantization: QuantizationOption = Quantization.auto,
     threads: Threads = None,
     seed: Seed = None,
     version: Version = False,
@@ -295,7 +298,7 @@ def serve(
     adapter: Adapter = None,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
-    quantization: QuantizationOption = None,
+    quantization: QuantizationOption = Quantization.auto,
     threads: Threads = None,
     version: Version = False,
 ) -> None:
@@ -351,7 +354,7 @@ def inspect_answer(
     greedy: Greedy = False,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
-    quantization: QuantizationOption = None,
+    quantization: QuantizationOption = Quantization.auto,
     threads: Threads = None,
     seed: Seed = None,
     version: Version = False,
@@ -412,7 +415,7 @@ def evaluate(
     adapter: Adapter = None,
     device: Device = "auto",
     dtype: DtypeOption = Dtype.auto,
-    quantization: QuantizationOption = None,
+    quantization: QuantizationOption = Quantization.auto,
     threads: Threads = None,
     seed: Seed = 0,
     version: Version = False,

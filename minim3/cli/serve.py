@@ -122,7 +122,7 @@ def load_app(options: LoadOptions, settings: Any) -> Any:
     device = choose_device(options.device)
     dtype = None if options.dtype == "auto" else choose_dtype(options.dtype, device, None)
     model, processor = load(
-        options.model, dtype, device, quantization=options.quantization, adapter=options.adapter, require_tokenizer=True
+        options.model, dtype, device, quantization=options.format, adapter=options.adapter, require_tokenizer=True
     )
     model.pack_for_inference()
     return create_app(settings, model=model, processor=processor)

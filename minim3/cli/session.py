@@ -21,14 +21,20 @@ _SAMPLED_BY = ("temperature", "top_p", "top_k", "min_p")
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """`model` is a folder or hub id; None is pocket. `adapter` is merged into its weights."""
+    """`model` is a folder or hub id; None is pocket. `adapter` is merged into its weights. `quantization`: a format,
+    "auto" (as the checkpoint stores the weights, where that loses nothing) or "none"."""
 
     model: str | None
     device: str
     dtype: str
     threads: int | None
-    quantization: str | None = None
+    quantization: str = "auto"
     adapter: str | None = None
+
+    @property
+    def format(self) -> str | None:
+        """For `minim3.load`."""
+        return None if self.quantization == "none" else str(self.quantization)
 
 
 @dataclass(frozen=True)
@@ -134,7 +140,7 @@ class Session:
         device = choose_device(options.device)
         dtype = None if options.dtype == "auto" else choose_dtype(options.dtype, device, None)
         self.model, self.processor = load(
-            options.model, dtype, device, quantization=options.quantization, adapter=options.adapter,
+            options.model, dtype, device, quantization=options.format, adapter=options.adapter,
             require_tokenizer=True,
         )  # fmt: skip
         self.model.pack_for_inference()
