@@ -1,6 +1,7 @@
 """Weights in fewer bits in the form that the kernels in C take (`minim3.kernels.native`), and their products."""
 
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -71,15 +72,17 @@ def product(matrix: WeightMatrix, x: Tensor, backend: str | None) -> Tensor | No
     return matrix.unpad(out) if isinstance(matrix, Int4Matrix) else out
 
 
+_KNOWN: WeakKeyDictionary[WeightMatrix, native.Matrix | None] = WeakKeyDictionary()
+"""Not in the matrices themselves: a copy of one lies elsewhere."""
+
+
 def _whole(matrix: WeightMatrix) -> native.Matrix | None:
-    known = matrix.__dict__
-    if "in_c" not in known:
+    if matrix not in _KNOWN:
+        padded = matrix
+        if isinstance(matrix, Int4Matrix):  # rows of blocks, among them those that pad a part
+            padded = replace(matrix, spans=((0, matrix.codes.shape[0]),))
         try:
-            padded = matrix
-            if isinstance(matrix, Int4Matrix):  # rows of blocks, among them those that pad a part
-                padded = replace(matrix, spans=((0, matrix.codes.shape[0]),))
-            known["in_c"] = structure_of(padded)
+            _KNOWN[matrix] = structure_of(padded)
         except NoForm:
-            known["in_c"] = None
-    found: native.Matrix | None = known["in_c"]
-    return found
+            _KNOWN[matrix] = None
+    return _KNOWN[matrix]

@@ -73,7 +73,7 @@ class WeightMatrix(Protocol):
         """The rows of all of them as one matrix, and each of them again as a view of it."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _ScaledRows:
     """Codes and scales with as many rows as the matrix."""
 
@@ -96,7 +96,7 @@ class _ScaledRows:
         return cls(codes, scales, columns), [cls(*view, columns) for view in views]
 
 
-@dataclass
+@dataclass(eq=False)
 class Bf16Matrix:
     """values: bf16 `[rows, columns]`."""
 
@@ -138,7 +138,7 @@ class Bf16Matrix:
         return cls(joint, columns), [cls(view, columns) for view in views]
 
 
-@dataclass
+@dataclass(eq=False)
 class Int8Matrix(_ScaledRows):
     """codes: int8 `[rows, columns padded]`; scales: bf16 `[rows]`."""
 
@@ -175,7 +175,7 @@ class Int8Matrix(_ScaledRows):
         return self.codes[:, : self.columns].float().mul_(self.scales.float().unsqueeze(1))
 
 
-@dataclass
+@dataclass(eq=False)
 class Int4Matrix:
     """codes: two a byte, uint8 `[rows padded, columns padded / 2]` in the order of torch's product; scales_and_zeros:
     bf16 `[groups, rows padded, 2]`; spans: where among the padded rows the rows are.
@@ -281,7 +281,7 @@ class Int4Matrix:
         return torch.addcmul(zero, codes, scale).flatten(0, 1)
 
 
-@dataclass
+@dataclass(eq=False)
 class MXFP8Matrix(_ScaledRows):
     """codes: e4m3 `[rows, columns]`; scales: uint8 exponents `[rows, ceil(columns / 32)]`, none of them 255."""
 
