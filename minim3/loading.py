@@ -13,7 +13,7 @@ from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM, MiniMaxM3SparseFo
 from minim3.model.quantization import Quantization
 from minim3.processing.processor import MiniMaxM3VLProcessor
 
-_HELD = re.compile(r"(^|\.)(\w+_proj|lm_head)\.weight$")
+_HELD = re.compile(r"(^|\.)(\w+_proj(\.weight)?|lm_head\.weight)$")
 """What `Quantization` holds in its format beside the matrices of a MXFP8 checkpoint."""
 
 POCKET = Path(__file__).parent / "pocket" / "weights"

@@ -254,3 +254,18 @@ def test_nan_shows(products: str) -> None:
     assert not out[:224].isnan().any()  # before its block
     assert not out[:, 0].isnan().any()
     assert out[250:256, 1].isnan().all()
+
+
+def test_values_that_are_not_dense_are_taken() -> None:
+    """A view whose last dimension is not the dense one would be read in the wrong order, or refused."""
+    q, k = torch.randn(600, 2, 32), torch.randn(600, 1, 32)
+    v = torch.randn(32, 600, 1).permute(1, 2, 0)
+    got, _ = kernels.varlen_attention(q, k, v, [0, 600], [0, 600])
+    want, _ = kernels.varlen_attention(q, k, v.contiguous(), [0, 600], [0, 600], implementation="reference")
+    assert (got - want).abs().max() < 1e-5
+    ids = kernels.select_blocks(q[:, :1], k[:, 0], [0, 600], [0, 600], block_size=32, topk_blocks=4)
+    got, _ = kernels.block_sparse_attention(q, k, v, ids, [0, 600], [0, 600], block_size=32)
+    dense = v.contiguous()
+    how: dict[str, Any] = {"block_size": 32, "implementation": "reference"}
+    want, _ = kernels.block_sparse_attention(q, k, dense, ids, [0, 600], [0, 600], **how)
+    assert (got - want).abs().max() < 1e-5

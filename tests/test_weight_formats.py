@@ -581,3 +581,16 @@ def test_a_weight_that_cannot_be_held_is_named(tmp_path: Path) -> None:
 def test_each_matrix_says_its_format() -> None:
     matrices: list[WeightMatrix] = [quantize(torch.randn(4, 4), format) for format in FORMATS]
     assert [matrix.format for matrix in matrices] == list(FORMATS)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_model_that_has_run_can_be_copied(format: str) -> None:
+    """What points into the memory of one model must not be taken along to its copy."""
+    model = tm.text_model()
+    quantize_model(model, format)
+    ids = tm.random_ids(1, 30)
+    with torch.inference_mode():
+        want = model(ids).logits
+        assert torch.equal(copy.deepcopy(model)(ids).logits, want)
+    with pytest.raises((ValueError, RuntimeError)):
+        model.text_model.layers[1].self_attn.q_proj(torch.randn(4, 8))

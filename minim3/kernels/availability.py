@@ -71,7 +71,7 @@ def why_not_native(op: str, device_type: str, dtype: torch.dtype) -> str | None:
         return "kernels in C take fp32"
     reason = native.why_not()
     if reason is None and op in _TILED_OPS and not native.tiles():
-        return "this processor has no tiles (AMX)"
+        return "there are no tiles (AMX) to multiply on, or they are switched off"
     return reason
 
 

@@ -18,6 +18,9 @@ class NoForm(Exception):
 
 def structure_of(matrix: WeightMatrix | None, first: int = 0, last: int | None = None) -> native.Matrix:
     """Rows `first..last` of a matrix, which has to be kept as long. Raises `NoForm`."""
+    codes = matrix.values if isinstance(matrix, Bf16Matrix) else getattr(matrix, "codes", None)
+    if isinstance(codes, torch.Tensor) and codes.device.type != "cpu":
+        raise NoForm(f"a weight is on {codes.device}")
     if isinstance(matrix, Int8Matrix):
         last = matrix.num_rows if last is None else last
         codes, scales = matrix.codes[first:last], matrix.scales[first:last]

@@ -10,8 +10,9 @@ int4   w = (code - 8) * scale + zero, scale and zero for each group of `group_si
 mxfp8  e4m3 values in blocks of 32 columns with an e8m0 scale: `minim3.checkpoint.mxfp8`
 
 Scales of int8 and int4 are bf16 and are rounded before the codes are chosen, so that their rounding is made up for.
-A few rows of x go through torch's packed products (bf16 in, bf16 out, fp32 inside); many rows pay for a dequantized
-tile at a time and a plain product, in bf16 where the processor has bf16 arithmetic, else in fp32.
+Where C runs, products are there (`minim3.model.native_matrices`), in fp32. Here are those by torch: a few rows of x go
+through its packed products (bf16 in, bf16 out, fp32 inside); many rows pay for a dequantized tile at a time and a plain
+product, in bf16 where the processor has bf16 arithmetic, else in fp32.
 """
 
 from collections.abc import Callable, Sequence

@@ -170,10 +170,13 @@ def _bytes(matrix: Matrix) -> int:
 
 
 def product(matrix: Matrix, x: Tensor) -> Tensor:
-    """fp32 `[T, columns]` -> `[T, rows]`."""
+    """fp32 `[T, columns]` on the CPU -> `[T, rows]`."""
+    if x.shape[1] != matrix.columns:
+        raise ValueError(f"inputs of {x.shape[1]} columns do not fit a weight of {matrix.columns}")
+    tiles()  # are asked for before the first product
     x = x.contiguous()
-    out = torch.empty(x.shape[0], matrix.rows)
-    threads = _threads(_bytes(matrix), _BYTES_OF_A_PRODUCT)
+    out = torch.empty(x.shape[0], matrix.rows, dtype=torch.float32, device="cpu")
+    threads = _threads(_bytes(matrix) * max(1, x.shape[0] // _TOKENS_OF_A_READ), _BYTES_OF_A_PRODUCT)
     library().minim3_product(
         ctypes.byref(matrix), c_void_p(x.data_ptr()), c_int64(x.shape[0]), c_void_p(out.data_ptr()), c_int64(threads)
     )
@@ -204,7 +207,7 @@ class Steps:
         self._space, self._step = found.minim3_space, found.minim3_step
         self._space.restype, self._step.restype = c_int64, None
         self._model = ctypes.byref(model)
-        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def run(self, batch: Batch) -> bool:
         """False, and nothing done, where the step would take too much memory."""
@@ -215,7 +218,7 @@ class Steps:
         if needed > _MOST_BYTES:
             return False
         if self._memory.numel() < needed:
-            self._memory = torch.empty(needed * 5 // 4, dtype=torch.uint8)
+            self._memory = torch.empty(needed * 5 // 4, dtype=torch.uint8, device="cpu")
         start = -(-self._memory.data_ptr() // 64) * 64
         self._step(self._model, ctypes.byref(batch), c_void_p(start))
         return True

@@ -12,7 +12,9 @@ enum { FP32, INT8, INT4, BF16, MXFP8 };
 /* `[rows, columns]`, as in `minim3.model.weight_formats`.
  * FP32: numbers, `stride` apart. INT8: codes `stride` bytes apart, scales bf16 `[rows]`.
  * INT4: two codes a byte in blocks of `block` rows, `[rows / block, columns, block / 2]`, the two of a byte neighbours
- * or half a block apart; scales and zeros bf16 pairs, `[columns / group, rows]`, groups `stride` pairs apart. */
+ * or half a block apart; scales and zeros bf16 pairs, `[columns / group, rows]`, groups `stride` pairs apart.
+ * BF16: numbers, `stride` apart. MXFP8: e4m3 codes `stride` apart, a scale (e8m0) for each 32 columns, rows of them `group`
+ * apart. */
 typedef struct {
     int64_t format, rows, columns, stride;
     const void *codes;

@@ -1,4 +1,4 @@
-"""Selection and sparse attention of prompts, with what they do to whole blocks of keys in C (`blocks.c`).
+"""Selection and attention of prompts, with what they do to whole blocks of keys in C (`blocks.c`).
 
 The rest is that of the portable kernels, and so is everything that has no form in C.
 """

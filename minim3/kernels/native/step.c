@@ -67,7 +67,7 @@ INLINE int64_t shares_of(const Layer *l, int64_t longest) {
 static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     char *at = memory;
     int64_t width = 0, heads = 0, attended = 0, dim = 0, kv_heads = 0, index_heads = 0, topk = 0, widest = 0, experts = 0;
-    int64_t per_token = 0, block = 1 << 30, group = 1, shares = 1;
+    int64_t per_token = 0, block = 1 << 30, group = 1, shares = 1, scratch = 0;
     for (int64_t n = 0; n < m->layers; n++) {
         const Layer *l = m->layer + n;
         const Experts *e = &l->experts;
@@ -80,7 +80,7 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
         index_heads = most(index_heads, l->index_heads), topk = most(topk, l->selection.topk);
         if (l->selection.topk)
             block = least(block, l->selection.block);
-        attended = most(attended, l->heads * l->dim);
+        attended = most(attended, l->heads * l->dim), scratch = most(scratch, scratch_size(l->heads * l->dim));
         for (int64_t i = 0; i < e->experts + e->shared; i++)
             widest = most(widest, e->down_proj[i].columns);
         experts = most(experts, e->experts + e->shared), per_token = most(per_token, e->per_token + e->shared);
@@ -122,7 +122,7 @@ static int64_t lay_out(const Model *m, const Batch *b, char *memory, Space *s) {
     e->expert_weights = take(&at, 4 * listed);
     e->acts = take(&at, 4 * listed * widest);
     e->scratch.size = most(scratch_size(m->hidden), 2 * MOST_PAIRS * panel_size(widest));
-    e->scratch.size = most(e->scratch.size, most(scratch_size(attended), m->joint ? scratch_size(2 * m->hidden) : 0));
+    e->scratch.size = most(e->scratch.size, most(scratch, m->joint ? scratch_size(2 * m->hidden) : 0));
     e->scratch.memory = take(&at, tiles ? 2 * b->threads * e->scratch.size : 0);
     e->act_panels = take(&at, tiles ? 2 * (listed / 16 + experts) * panel_size(widest) : 0);
     return at - memory;
@@ -316,7 +316,7 @@ void minim3_product(const Matrix *w, const float *x, int64_t count, float *out, 
 #pragma omp parallel num_threads((int)threads)
     {
         begin_tiles(count);
-        project(w, 1, x, w->columns, &scratch, count, out, w->rows, 0);
+        project(w, 1, x, w->columns, scratch.memory ? &scratch : 0, count, out, w->rows, 0);
         end_tiles(count);
     }
     free(scratch.memory);

@@ -1,10 +1,9 @@
 /* Rows of a weight times many rows of x, on tiles.
  *
- * The rows of the weight are A, split by the thread that multiplies them; those of x are B, split once for all. A step
- * pairs columns 16 apart, in both alike, which takes fewer instructions than neighbours; but neighbours for BF16, whose
- * rows are tiles as they lie in memory. What comes out is turned,
- * [rows of the weight, rows of x]: as SwiGLU's results enter the next product. A number is the same to the bit whatever
- * other rows are computed with it.
+ * The rows of the weight are A, split by the thread that multiplies them; those of x are B, split by each thread for
+ * itself. A step pairs columns 16 apart, in both alike, which takes fewer instructions than neighbours; but neighbours
+ * for BF16, whose rows are tiles as they lie in memory. What comes out is turned, [rows of the weight, rows of x]: as
+ * SwiGLU's results enter the next product. A number is the same to the bit whatever other rows are computed with it.
  */
 #pragma once
 

@@ -194,8 +194,11 @@ def _batched(x: Tensor, bucket: Any) -> Tensor:
 
 def _in_blocks(work: Work, q: Tensor, span: Span) -> bool:
     """Whether a dense piece is faster in blocks than through the fused operator."""
-    many = work.causal and span.num_queries >= _LEAST_ROWS
-    return many and work.blocks is not None and work.blocks.any_keys(q.shape[2], q.dtype)
+    return work.causal and span.num_queries >= _LEAST_ROWS and _in_c(work, q)
+
+
+def _in_c(work: Work, q: Tensor) -> bool:
+    return work.blocks is not None and work.blocks.any_keys(q.shape[2], q.dtype)
 
 
 def _choices(ids: Tensor | None, tile: Span, work: Work, kv_heads: int) -> list[products.Choice]:
@@ -210,6 +213,7 @@ def _blocks_forward(
     """Fill the rows of `span`, which attend the blocks `ids` or (None) everything; the packed tensors are whole."""
     seen = slice(span.k_start, span.k_start + span.offset + span.num_queries)
     k, v, group = k[seen], v[seen], q.shape[1] // k.shape[1]
+    v = v if v.stride(-1) == 1 else v.contiguous()
     keys, longest = products.extend(k), torch.linalg.vector_norm(k, dim=-1).amax(0)
 
     def head(h: int, rows: slice, choice: products.Choice, reference: Tensor | None) -> None:
@@ -230,7 +234,7 @@ def _blocks_forward(
             # A reference that is not among the scores could be far above all of them.
             as_products = within_reach[h] and choice.without_own is None
             pieces.append(partial(head, h, rows, choice, reference if as_products else None))
-    run_all(pieces, q.device)
+    run_all(pieces, q.device, alone=_in_c(work, q))
 
 
 def _blocks_backward(
@@ -253,6 +257,7 @@ def _blocks_backward(
         rows = slice(tile.q_start, tile.q_stop)
         delta = (grad_out[rows] * out[rows]).sum(-1)
         choices = _choices(ids, tile, work, k.shape[1])
-        run_all((partial(head, h, rows, choice, delta) for h, choice in enumerate(choices)), q.device)
+        pieces = (partial(head, h, rows, choice, delta) for h, choice in enumerate(choices))
+        run_all(pieces, q.device, alone=_in_c(work, q))
     grad_k[seen] += grad_keys.transpose(0, 1)
     grad_v[seen] += grad_values.transpose(0, 1)

@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
-def run_all(pieces: Iterable[Callable[[], None]], device: torch.device) -> None:
+def run_all(pieces: Iterable[Callable[[], None]], device: torch.device, alone: bool = False) -> None:
     """Call every piece, as many of them at once as this thread has threads for operators.
 
-    Fewer pieces than threads are called one after the other, each with all threads, and so is work on another device
-    than the CPU, whose current stream holds for one thread. Pieces must not depend on each other. The first exception
-    is raised after all pieces have ended.
+    Fewer pieces than threads are called one after the other, each with all threads (unless they compute `alone`, on one
+    thread whatever there are), and so is work on another device than the CPU, whose current stream holds for one
+    thread. Pieces must not depend on each other. The first exception is raised after all pieces have ended.
     """
     pieces, threads = list(pieces), torch.get_num_threads()
     watched = _get_current_dispatch_mode() is not None  # a FLOP counter, say: it sees the operators of its own thread
-    if device.type != "cpu" or threads == 1 or len(pieces) < threads or watched:
+    if device.type != "cpu" or threads == 1 or len(pieces) < (2 if alone else threads) or watched:
         for piece in pieces:
             piece()
         return
