@@ -495,15 +495,16 @@ def test_the_command_line_takes_and_names_formats(capsys: pytest.CaptureFixture[
         patch.setattr(session, "load", record)
         for command in (["generate", "hello"], ["chat"], ["demo"]):
             main([*command, "--quantization", "int4"])
+            main([*command, "--quantization", "none"])
             main(command)
-    assert formats == ["int4", None] * 3
+    assert formats == ["int4", None, "auto"] * 3
     capsys.readouterr()
     assert main(["generate", "hello", "--quantization", "int2"]) == 2
     assert "int2" in capsys.readouterr().err
     assert main(["info"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights loaded")]
     assert len(lines) == 1
-    assert "as float32; with --quantization" in lines[0]
+    assert f"as {'float32' if native.why_not() else 'bf16'}; with --quantization" in lines[0]  # pocket's is in bf16
     assert all(f" as {format}" in lines[0] for format in FORMATS)
 
 

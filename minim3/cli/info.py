@@ -46,6 +46,7 @@ def collect_info(source: str, context: int | None, device: str = "auto", dtype: 
         },
         "weight_bytes": {name: counts.num_bytes(name) for name in FORMATS},
         "memory_bytes": _memory(config, folder, 0 if stored is None else stored["mtp_modules"], device, dtype),
+        "loaded_as": _loaded_as(folder, device, dtype, text.torch_dtype or getattr(config, "torch_dtype", None)),
         "cache": _cache(text, context),
         "files": stored,
         "kernels": _kernels(device, dtype, text.torch_dtype or getattr(config, "torch_dtype", None)),
@@ -185,6 +186,17 @@ def _memory(
     return sizes
 
 
+def _loaded_as(folder: Path | None, device: str, dtype: str, config_dtype: str | None) -> str:
+    """What `--quantization auto` takes: the name of a format, or of the dtype."""
+    from minim3.cli.session import choose_device, choose_dtype
+    from minim3.loading import stored_format
+
+    where = choose_device(device)
+    what = choose_dtype(dtype, where, config_dtype)
+    held = None if folder is None else stored_format(folder, where, what)
+    return held or str(what).removeprefix("torch.")
+
+
 def _cache(text: MiniMaxM3VLTextConfig, context: int) -> dict[str, Any]:
     """Cache of one sequence of `context` tokens, in whole pages (a page is a selection block)."""
     page = text.index_block_size or 1
@@ -240,8 +252,11 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, str]]:
     rows.append(
         ("weights in files", ", ".join(f"{_size(size)} in {name}" for name, size in info["weight_bytes"].items()))
     )
-    plain, *held = [f"{_size(size)} as {name}" for name, size in info["memory_bytes"].items()]
-    rows.append(("weights loaded", f"{plain}; with --quantization {', '.join(held)}"))
+    sizes = {name: f"{_size(size)} as {name}" for name, size in info["memory_bytes"].items()}
+    plain, taken = next(iter(sizes)), sizes[info["loaded_as"]]
+    sizes[plain] += " (none)"
+    others = ", ".join(size for name, size in sizes.items() if name != info["loaded_as"])
+    rows.append(("weights loaded", f"{taken}; with --quantization {others}"))
     for name in ("bf16", "fp32"):
         of = cache[name]
         split = f"K and V {_size(of['kv_bytes'])}, index keys {_size(of['index_bytes'])}"
