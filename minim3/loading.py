@@ -49,11 +49,11 @@ def load(
     device, dtype = torch.device(device or "cpu"), weight_dtype(dtype)
     if dtype is None and device.type == "cpu":
         dtype = torch.float32
-    if quantization == "auto":
-        quantization = stored_format(folder, device, dtype) if adapter is None else None
     text_only = isinstance(checkpoint.read_config(folder), MiniMaxM3VLTextConfig)
     model_class = MiniMaxM3SparseForCausalLM if text_only else MiniMaxM3SparseForConditionalGeneration
     processor = MiniMaxM3VLProcessor.from_pretrained(folder, require_tokenizer=require_tokenizer)
+    if quantization == "auto":
+        quantization = stored_format(folder, device, dtype) if adapter is None else None
     model = model_class.from_pretrained(
         folder, dtype=dtype, device=device, quantization=quantization, adapter=adapter
     )

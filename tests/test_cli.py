@@ -452,7 +452,12 @@ def test_ctrl_c_ends_cleanly(tiny: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "minim3", "generate", "hi", "--model", str(endless), "--stop", "never written"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     command += ["--greedy", "--thinking", "disabled", "--max-new-tokens", "900000"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment,
+        # Tests that are started in the background ignore the signal, and so would what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    with process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.read(1)  # it is answering

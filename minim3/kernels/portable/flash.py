@@ -15,8 +15,14 @@ _PLAIN_SCORES = 1 << 24
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """(out, lse) of softmax attention; `causal` needs L == S."""
     if q.device.type == "cpu":
+        q, k, v = map(_dense_rows, (q, k, v))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return attend_plain(q, k, v, causal=causal, scale=scale)
+
+
+def _dense_rows(x: Tensor) -> Tensor:
+    """The fused operator takes any strides but of the last dimension, whose it does not look at."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def attend_backward(
@@ -27,6 +33,7 @@ def attend_backward(
     A row with lse = +inf takes no part: its probabilities are zero.
     """
     if q.device.type == "cpu":
+        grad_out, q, k, v, out = map(_dense_rows, (grad_out, q, k, v, out))
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
         )
