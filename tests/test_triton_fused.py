@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minim3 import kernels
 from minim3.kernels import reference
@@ -113,6 +115,49 @@ def test_grouped_experts_equal_reference(tokens: int, choices: int, limit: float
     assert not results[1][3][5].any()
 
 
+@pytest.mark.parametrize(("experts", "top_k", "scoring"), [(12, 3, "sigmoid"), (8, 1, "softmax"), (5, 5, "sigmoid")])
+@pytest.mark.parametrize("biased", [False, True])
+def test_route_equals_the_module(experts: int, top_k: int, scoring: str, biased: bool) -> None:
+    """Pitfalls 1 and 2 of routers: the bias takes part in the choice alone, and weights add up to the factor."""
+    from minim3.kernels.triton.routing import route
+
+    generator = torch.Generator().manual_seed(experts)
+    logits = torch.randn(9, experts, generator=generator) * 3
+    bias = torch.randn(experts, generator=generator) if biased else None
+    ids, weights = route(logits, bias, top_k=top_k, scoring_func=scoring, factor=2.5)
+    scores = logits.sigmoid() if scoring == "sigmoid" else logits.softmax(-1)
+    want = (scores if bias is None else scores + bias).topk(top_k).indices
+    assert torch.equal(ids, want)
+    picked = scores.gather(1, want)
+    close(weights, picked / picked.sum(1, keepdim=True) * 2.5)
+
+
+def test_route_of_nan_names_real_experts() -> None:
+    """An id past the experts would be read from memory that is not theirs; NaN ranks highest, as in torch."""
+    from minim3.kernels.triton.routing import route
+
+    logits = torch.tensor([[1.0, float("nan"), 0.5, 0.2, 3.0], [float("nan")] * 5])
+    ids, weights = route(logits, None, top_k=2, scoring_func="sigmoid", factor=1.0)
+    assert ids.tolist() == [[1, 4], [0, 1]]
+    assert weights.isnan().all()
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(tokens=st.integers(1, 40), experts=st.integers(1, 20), data=st.data())
+def test_few_assignments_are_sorted_as_many_are(tokens: int, experts: int, data: st.DataObject) -> None:
+    from minim3.kernels.triton import routing
+
+    top_k = data.draw(st.integers(1, min(experts, 6)))
+    generator = torch.Generator().manual_seed(tokens * 31 + experts)
+    ids = torch.stack([torch.randperm(experts, generator=generator)[:top_k] for _ in range(tokens)])
+    if data.draw(st.booleans()):
+        ids = ids[:1].expand(tokens, -1)  # all to the same experts: several tiles each
+    got = routing.sort_by_expert(ids, experts)
+    want = routing._sort_many(ids.contiguous(), experts, got.rows, got.tiles.shape[0])
+    for a, b in zip(got, want):
+        assert a == b if isinstance(a, int) else torch.equal(a, b)
+
+
 def test_grouped_experts_without_tokens() -> None:
     x, w13, w2 = torch.randn(0, 16), torch.randn(3, 8, 16), torch.randn(3, 16, 4)
     ids, weights = torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2)
@@ -132,6 +177,12 @@ def test_sum_with_norm_and_activation() -> None:
     want = x + residual
     assert torch.equal(total, want)
     close(out, want * torch.rsqrt(want.square().mean(-1, keepdim=True) + 1e-5) * (1 + weight))
+    same, unchanged = fused.add_norm(x, None, weight, eps=1e-5)
+    assert unchanged is x
+    close(same, x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5) * (1 + weight))
+    more = torch.randn(3, 5, 37, generator=generator).half()
+    _, total = fused.add_norm(x.half(), residual.half(), weight, eps=1e-5, more=more)
+    assert torch.equal(total, x.half() + more + residual.half())  # rounded after each sum, as the modules round
     for limit in (0.0, 0.8):
         gate, up = torch.randn(2, 6, 23, generator=generator)
         got = fused.swiglu_oai(torch.cat([gate, up], -1), 1.702, limit)

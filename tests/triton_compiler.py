@@ -5,10 +5,15 @@ what it takes of registers and shared memory. What is launched is what the launc
 """
 
 import inspect
+import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import torch
 import triton
+import triton.backends.nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import jit
@@ -23,6 +28,7 @@ from minim3.kernels.triton import (
     layout,
     prefill,
     rotation,
+    routing,
     select,
 )
 
@@ -34,7 +40,7 @@ TYPES = {
 T, HEADS, KV_HEADS, DIM, BLOCK, TOPK = 256, 64, 4, 128, 128, 16
 
 
-def compile_instead(capability: int) -> None:
+def compile_instead(capability: int, most_stack: int) -> None:
     """From now on a launch compiles its kernel and does nothing else."""
     seen = set()
 
@@ -62,10 +68,27 @@ def compile_instead(capability: int) -> None:
         source = ASTSource(self, signature, constants, attributes)
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         products = {name: made.asm["ptx"].count(name) for name in ("wgmma.mma", "mma.sync")}
-        print(self.fn.__module__, self.fn.__name__, options, f"shared {made.metadata.shared}", products, flush=True)
+        registers, stack = resources(made.asm["cubin"])
+        print(
+            self.fn.__module__, self.fn.__name__, options, f"shared {made.metadata.shared}", f"registers {registers}",
+            products, flush=True,
+        )  # fmt: skip
         assert made.metadata.shared <= SHARED_BYTES[capability], "more shared memory than a program may have"
+        assert stack <= most_stack, f"{stack} bytes of registers spill to memory"
 
     jit.JITFunction.run = run  # type: ignore[method-assign]
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread."""
+    tool = Path(triton.backends.nvidia.__file__).with_name("bin") / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
+    assert found, done.stdout
+    return int(found[1]), int(found[2])
 
 
 def launch_all(dtype: torch.dtype, eight_bits: bool) -> None:
@@ -102,11 +125,13 @@ def launch_all(dtype: torch.dtype, eight_bits: bool) -> None:
                 decode.decode(q[:1], held, held, table, chosen, step, block_size=size, scale=0.1)
             else:
                 prefill.forward(q, held, held, chosen, step, page_table=table, block_size=size, scale=0.1)
+    most, routing.MOST_SORTED = routing.MOST_SORTED, 0  # what is only compiled sorts nothing
     for tokens in (4, 400):
         x, w13, w2 = (torch.empty(*s, dtype=dtype) for s in ((tokens, 512), (8, 768, 512), (8, 512, 384)))
         choice = torch.stack([torch.randperm(8)[:4] for _ in range(tokens)])
         leaves = [x, *[w.requires_grad_() for w in (w13, w2, torch.rand(tokens, 4))]]
         experts.grouped_experts(*leaves[:3], choice, leaves[3], alpha=1.7, limit=7.0).sum().backward()
+    routing.MOST_SORTED = most
     slots = torch.arange(8)
     rotation.norm_rope_store(
         q[:8, :KV_HEADS], torch.empty(DIM, dtype=dtype), torch.empty(8, 64), eps=1e-6, pages=pages, slots=slots
@@ -116,10 +141,16 @@ def launch_all(dtype: torch.dtype, eight_bits: bool) -> None:
         packed, packed[0, KV_HEADS:], torch.empty(8, 64), eps=1e-6, heads=(HEADS, KV_HEADS, 4), slots=slots,
         pages=(pages, pages, pages[:, 0].contiguous()),
     )  # fmt: skip
-    fused.add_norm(torch.empty(8, 6144, dtype=dtype), torch.empty(8, 6144, dtype=dtype), torch.empty(6144), eps=1e-6)
+    hidden, scale = torch.empty(8, 6144, dtype=dtype), torch.empty(6144)
+    for residual, more in ((None, None), (hidden, None), (hidden, hidden)):
+        fused.add_norm(hidden, residual, scale, eps=1e-6, more=more)
+    for count, bias in ((128, torch.empty(128)), (16, None)):
+        routing.route(torch.empty(8, count), bias, top_k=4, scoring_func="sigmoid", factor=2.0)
+        routing.sort_by_expert(torch.zeros(64, 4, dtype=torch.int64), count)
     fused.swiglu_oai(torch.empty(8, 6144, dtype=dtype), 1.7, 7.0)
 
 
 if __name__ == "__main__":
-    compile_instead(int(sys.argv[1]))
+    # Exact products of fp32 hold whole rows in registers, and do spill.
+    compile_instead(int(sys.argv[1]), most_stack=1 << 16 if sys.argv[2] == "float32" else 128)
     launch_all(getattr(torch, sys.argv[2]), eight_bits=int(sys.argv[1]) >= 89 and sys.argv[2] != "float32")

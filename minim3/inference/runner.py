@@ -4,51 +4,79 @@ Shape legend: N scheduled requests, T new tokens of all of them (drafts included
 token for, V vocabulary.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from minim3.inference.cache import PagedCache
+from minim3.inference.graphs import CudaRecorder, StepGraphs
+from minim3.inference.page_table import PageTable
 from minim3.inference.request import Media, Request
 from minim3.inference.scheduler import Chunk
 from minim3.kernels.portable.plan import Scratch
 from minim3.model.batch import ForwardBatch, PagedContext
 from minim3.model.decoding import DecodingModel
+from minim3.model.fused import FusedModel
 from minim3.model.native_decoding import NativeDecodingModel, NativeHead
 
 if TYPE_CHECKING:
     from minim3.model.causal_lm import CausalLM
 
 
-class StepOutput(NamedTuple):
-    """What a step computed.
+logger = logging.getLogger(__name__)
 
-    hidden_TH: of all new tokens, after the final norm. batch: as the model saw them.
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step computed; valid until the next one.
+
+    hidden_TH: of all new tokens, after the final norm.
     logits_RV: of every request whose last known token was among them, that token's and its drafts'; None if no row.
     """
 
     hidden_TH: Tensor
-    batch: ForwardBatch
     logits_RV: Tensor | None
+    make_batch: Callable[[], ForwardBatch]
+
+    @cached_property
+    def batch(self) -> ForwardBatch:
+        """The new tokens, as the model saw them."""
+        return self.make_batch()
 
 
 class Runner:
     """Everything between a plan and its logits.
 
     Between steps it keeps the page table of the last one and memory to compute in, nothing that an answer depends on.
+
+    Args:
+        cuda_graphs: on a GPU, hold the steps of decoding as graphs, where every op has a kernel for that.
     """
 
-    def __init__(self, model: "CausalLM", cache: PagedCache) -> None:
+    def __init__(self, model: "CausalLM", cache: PagedCache, *, cuda_graphs: bool = True) -> None:
         model.pack_for_inference()
         self.model = model
         self.cache = cache
         self.device = cache.device
-        self._page_table = _PageTable(cache.device)
+        self._page_table = PageTable(cache.device)
         self._scratch = Scratch()
-        self.decoding = NativeDecodingModel.of(model.text_model) or DecodingModel.of(model.text_model)
+        text_model = model.text_model
+        self.decoding = (
+            NativeDecodingModel.of(text_model) or DecodingModel.of(text_model) or FusedModel.of(text_model)
+        )  # fmt: skip
         self.head = NativeHead(model)
+        self.graphs: StepGraphs | None = None
+        if cuda_graphs and cache.device.type == "cuda" and isinstance(self.decoding, FusedModel):
+            why_not = self.decoding.why_no_graph(cache.layers)
+            if why_not is None:
+                self.graphs = StepGraphs(model, self.decoding, cache, CudaRecorder(cache.device))
+            else:
+                logger.info("steps of decoding are no CUDA graphs: %s", why_not)
 
     def run(self, plan: Sequence[Chunk]) -> StepOutput:
         """Compute the planned tokens and store their K, V and index keys; their pages must have been handed out."""
@@ -70,18 +98,27 @@ class Runner:
             lengths_k.append(stop)
             if known == request.num_tokens:
                 rows += range(len(token_ids) - len(draft_ids) - 1, len(token_ids))
-        ids_T, positions_T, slots_T = torch.tensor([token_ids, positions, slots], device=self.device)
-        batch = self.batch([chunk.request for chunk in plan], positions_T, lengths_q, lengths_k, slots_T)
-        embeds_TH = self._embed(ids_T, plan)
+        requests = [chunk.request for chunk in plan]
+
+        def make_batch() -> ForwardBatch:
+            positions_T, slots_T = torch.tensor([positions, slots], device=self.device)
+            return self.batch(requests, positions_T, lengths_q, lengths_k, slots_T)
+
+        if self.graphs is not None and len(rows) == len(token_ids) and not any(map(_takes_features, plan)):
+            found = self.graphs.run(requests, token_ids, positions, slots, lengths_q, lengths_k)
+            if found is not None:
+                return StepOutput(*found, make_batch)
+        batch = make_batch()
+        embeds_TH = self._embed(torch.tensor(token_ids, device=self.device), plan)
         hidden_TH = None if self.decoding is None else self.decoding.forward_packed(embeds_TH, batch)
         if hidden_TH is None:
             hidden_TH = self.model.text_model.forward_packed(embeds_TH, batch)
         if not rows:
-            return StepOutput(hidden_TH, batch, None)
+            return StepOutput(hidden_TH, None, lambda: batch)
         last_RH = hidden_TH
         if len(rows) < len(token_ids):
             last_RH = hidden_TH[torch.tensor(rows, device=self.device)]
-        return StepOutput(hidden_TH, batch, self.head(last_RH))
+        return StepOutput(hidden_TH, self.head(last_RH), lambda: batch)
 
     def batch(
         self,
@@ -99,9 +136,10 @@ class Runner:
     def _embed(self, ids_T: Tensor, plan: Sequence[Chunk]) -> Tensor:
         embeds_TH = self.model.embed_tokens_packed(ids_T)
         first_row = 0
-        for request, num_tokens, draft_ids in plan:
-            start = request.num_computed_tokens
-            if start < request.num_prompt_tokens and request.placeholders:
+        for chunk in plan:
+            request, num_tokens, draft_ids = chunk
+            if _takes_features(chunk):
+                start = request.num_computed_tokens
                 embeds_TH = self._splice(embeds_TH, first_row, request, start, start + num_tokens)
             first_row += num_tokens + len(draft_ids)
         return embeds_TH
@@ -140,35 +178,7 @@ class Runner:
         return media.features
 
 
-class _PageTable:
-    """The page table of the last step, kept so that a step of the same requests only writes what is new."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._page_lists: list[list[int]] = []
-        self._counts: list[int] = []
-        self._table = torch.empty(0, 0, dtype=torch.int64)
-
-    def rows(self, requests: Sequence[Request]) -> Tensor:
-        """int64 `[N, max_pages]`; entries past the pages of a request are 0 and carry no meaning."""
-        width = max(len(request.pages) for request in requests)
-        same = len(requests) == len(self._page_lists) and all(
-            # A list is appended to while its request runs, and replaced when pages are taken away.
-            request.pages is known
-            for request, known in zip(requests, self._page_lists)
-        )
-        if not same or width > self._table.shape[1]:
-            self._rebuild(requests, width)
-        else:
-            for row, request in enumerate(requests):
-                for place in range(self._counts[row], len(request.pages)):
-                    self._table[row, place] = request.pages[place]
-                    self._counts[row] = place + 1
-        return self._table[:, :width]
-
-    def _rebuild(self, requests: Sequence[Request], width: int) -> None:
-        width += max(8, width // 4)  # room to grow without another rebuild
-        table = [request.pages + [0] * (width - len(request.pages)) for request in requests]
-        self._table = torch.tensor(table, dtype=torch.int64, device=self.device)
-        self._page_lists = [request.pages for request in requests]
-        self._counts = [len(request.pages) for request in requests]
+def _takes_features(chunk: Chunk) -> bool:
+    """Whether tokens of the chunk may stand for pictures or clips."""
+    request = chunk.request
+    return bool(request.placeholders) and request.num_computed_tokens < request.num_prompt_tokens

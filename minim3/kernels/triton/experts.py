@@ -6,7 +6,7 @@ E experts of width F. The two halves of the first product meet in its epilogue, 
 
 # mypy: allow-untyped-defs
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from minim3.kernels.triton.keys import power_of_two, precision, row_offsets
-from minim3.kernels.triton.layout import _runs
+from minim3.kernels.triton.routing import Sorted, sort_by_expert
 
 
 @triton.jit
@@ -190,30 +190,6 @@ def _combine_kernel(
     tl.store(out + row_offsets(token, HIDDEN) + column, total.to(out.dtype.element_ty), mask=column < HIDDEN)
 
 
-class _Sorted(NamedTuple):
-    """Assignments sorted by expert: token int64 `[R]`, place of each assignment `[R]`, first row of each expert and the
-    end `[E + 1]`, tiles int32 `[., 2]` of (expert, first of its rows)."""
-
-    token: Tensor
-    order: Tensor
-    inverse: Tensor
-    starts: Tensor
-    tiles: Tensor
-    rows: int
-
-    @classmethod
-    def of(cls, expert_ids: Tensor, num_experts: int) -> "_Sorted":
-        flat = expert_ids.reshape(-1)
-        sorted_ids, order = torch.sort(flat, stable=True)
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.shape[0], device=order.device)
-        starts = torch.searchsorted(sorted_ids, torch.arange(num_experts + 1, device=flat.device, dtype=flat.dtype))
-        each = -(-flat.shape[0] // num_experts)
-        rows = 16 if each <= 16 else 64 if each <= 64 else 128
-        tiles = _runs(starts[1:] - starts[:-1], rows, flat.shape[0] // rows + min(num_experts, flat.shape[0]))
-        return cls(order // expert_ids.shape[1], order, inverse, starts, tiles, rows)
-
-
 def grouped_experts(
     x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, expert_weights: Tensor, *, alpha: float, limit: float,
     beta: float = 1.0,
@@ -230,12 +206,12 @@ def grouped_experts(
 def _forward(
     x: Tensor, w13: Tensor, w2: Tensor, expert_ids: Tensor, weights: Tensor, activation: tuple[float, float, float],
     keep: bool,
-) -> tuple[Tensor, _Sorted | None, Tensor | None]:  # fmt: skip
+) -> tuple[Tensor, Sorted | None, Tensor | None]:  # fmt: skip
     out = torch.empty_like(x)
     if not expert_ids.numel():
         return out.zero_(), None, None
     hidden, width = x.shape[1], w2.shape[2]
-    where = _Sorted.of(expert_ids, w13.shape[0])
+    where = sort_by_expert(expert_ids, w13.shape[0])
     rows = expert_ids.numel()
     act = torch.empty(rows, width, dtype=x.dtype, device=x.device)
     gate_up = torch.empty(rows, 2 * width, dtype=x.dtype, device=x.device) if keep else act
@@ -251,7 +227,7 @@ def _forward(
     return out, where, gate_up if keep else None
 
 
-def _product(a: Tensor, w: Tensor, row_of: Tensor | None, where: _Sorted) -> Tensor:
+def _product(a: Tensor, w: Tensor, row_of: Tensor | None, where: Sorted) -> Tensor:
     """Sorted rows of `a` (or those that `row_of` names) times `w` `[E, INNER, OUTER]`, whatever its strides."""
     inner, outer = w.shape[1:]
     c = torch.empty(where.order.shape[0], outer, dtype=a.dtype, device=a.device)
@@ -265,7 +241,7 @@ def _product(a: Tensor, w: Tensor, row_of: Tensor | None, where: _Sorted) -> Ten
 
 
 def _weight_gradient(
-    a: Tensor, b: Tensor, like: Tensor, rows_a: Tensor | None, rows_b: Tensor | None, where: _Sorted
+    a: Tensor, b: Tensor, like: Tensor, rows_a: Tensor | None, rows_b: Tensor | None, where: Sorted
 ) -> Tensor:
     """`[E, DOWN, ACROSS]`: zero for idle experts."""
     grad = torch.empty_like(like)
@@ -279,7 +255,7 @@ def _weight_gradient(
     return grad
 
 
-def _combine(y: Tensor, weights: Tensor | None, where: _Sorted, out: Tensor) -> None:
+def _combine(y: Tensor, weights: Tensor | None, where: Sorted, out: Tensor) -> None:
     tokens, hidden = out.shape
     block = min(1024, power_of_two(hidden))
     _combine_kernel[tokens, -(-hidden // block)](
@@ -307,7 +283,7 @@ class _GroupedExperts(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w13, w2, weights, gate_up = ctx.saved_tensors
-        where: _Sorted | None = ctx.where
+        where: Sorted | None = ctx.where
         if where is None:
             return tuple(map(torch.zeros_like, (x, w13, w2))) + (None, torch.zeros_like(weights), None)
         grad = grad.contiguous()

@@ -40,7 +40,7 @@ class Layout:
         known = self._tiles.get(step)
         if known is None:
             bound = self.num_queries if step == 1 else self.num_queries // step + self.table.shape[0]
-            known = self._tiles[step] = _runs(self.table[:, 1], step, bound)
+            known = self._tiles[step] = runs(self.table[:, 1], step, bound)
         return known
 
     def key_blocks(self, block_size: int) -> tuple[Tensor, Tensor]:
@@ -122,7 +122,7 @@ def _of_spans(spans: tuple[Span, ...], device: str) -> Layout:
 def _host_runs(lengths: tuple[int, ...], step: int, device: str) -> Tensor:
     with torch.inference_mode(False):
         bound = sum(-(-length // step) for length in lengths)
-        return _runs(torch.tensor(lengths, dtype=torch.int64), step, bound).to(device)
+        return runs(torch.tensor(lengths, dtype=torch.int64), step, bound).to(device)
 
 
 @lru_cache(maxsize=64)
@@ -132,7 +132,7 @@ def _first_runs(lengths: tuple[int, ...], step: int, device: str) -> Tensor:
         return (count.cumsum(0) - count).to(device)
 
 
-def _runs(lengths: Tensor, step: int, bound: int) -> Tensor:
+def runs(lengths: Tensor, step: int, bound: int) -> Tensor:
     """Cut sequences of `lengths` `[N]` into runs of `step`: int32 `[bound, 2]` of (sequence, start), else (-1, 0)."""
     count = (lengths + step - 1) // step
     stop = count.cumsum(0)

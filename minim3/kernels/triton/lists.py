@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minim3.kernels.triton.layout import Layout, _runs
+from minim3.kernels.triton.layout import Layout, runs
 
 SEGMENT = 2048
 """Queries of a segment at most."""
@@ -73,7 +73,7 @@ def dense_lists(layout: Layout, heads: int, block_size: int, causal: bool) -> Li
 
 
 def _cut(tokens: Tensor | None, starts: Tensor, counts: Tensor, entries: int, blocks: Tensor) -> Lists:
-    segments = _runs(counts, SEGMENT, entries // SEGMENT + counts.shape[0])
+    segments = runs(counts, SEGMENT, entries // SEGMENT + counts.shape[0])
     first = torch.zeros(counts.shape[0] + 1, dtype=torch.int64, device=counts.device)
     torch.cumsum((counts + SEGMENT - 1) // SEGMENT, 0, out=first[1:])
     return Lists(tokens, starts, counts, segments, first, blocks)

@@ -132,6 +132,7 @@ def _project_store_kernel(
             result = tl.minimum(tl.maximum(result.to(tl.float32), -LIMIT), LIMIT)
         kept = result.to(k_pages.dtype.element_ty)
         slot = tl.load(slots + token).to(tl.int64)
+        mask = mask & (slot >= 0)
         page = slot // page_size
         within = slot % page_size
         is_k = (head >= Q_HEADS) & (head < first_index)
@@ -154,7 +155,7 @@ def norm_rope_store_packed(
     x `[T, H, D]`: the heads of q, k, index q, the index key, and v, as one projection gives them; heads: how many of q,
     of k (and v), and of index q (0: no indexer, no index key). weight `[H - Hkv, D]` and freqs_cis `[T, R]` serve all
     but those of v, which pass. pages: those of k, v `[P, Hkv, page, D]` and index keys `[P, page, D]`, of one dtype,
-    each allocated whole. Returns `[T, H, D]`.
+    each allocated whole; a token whose slot is -1 is not stored. Returns `[T, H, D]`.
     """
     q_heads, kv_heads, index_heads = heads
     tokens, count, dim = x.shape

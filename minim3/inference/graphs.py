@@ -1,0 +1,185 @@
+"""Steps of decoding held as CUDA graphs, so that a step is one launch instead of hundreds.
+
+A graph runs what was recorded, on the same memory: the inputs of a step are written into buffers, and its outputs lie
+in buffers. Shapes are fixed too, so there is a graph for each bucket of requests and of pages a request, recorded when
+it is first needed. What a bucket has too many is padding: requests of no tokens, whose new token is not stored, and
+which read nothing.
+
+A graph holds the addresses of weights and pages: all are dropped when the model changes or the cache grows.
+
+Shape legend: N requests of a bucket, E new tokens of each, W pages of each, T = N * E, V vocabulary.
+"""
+
+import logging
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from minim3.inference.cache import PagedCache
+from minim3.inference.page_table import PageTable
+from minim3.inference.request import Request
+from minim3.kernels import DevicePlan
+from minim3.model.decoding import Watch
+from minim3.model.fused import FusedModel, Step
+
+if TYPE_CHECKING:
+    from minim3.model.causal_lm import CausalLM
+
+logger = logging.getLogger(__name__)
+
+MOST_REQUESTS = 256
+MOST_TOKENS_EACH = 8
+"""Drafts and the token before them; more are not worth a graph of their own."""
+
+_KEPT_GRAPHS = 64
+
+
+class Recorder(Protocol):
+    """Records what `run` does. Returns what does it again, and where its outputs lie each time."""
+
+    def __call__(self, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+        """`run` may be called once or twice, and does the same each time."""
+
+
+class CudaRecorder:
+    """Records CUDA graphs, which share one pool of memory: they never run at the same time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool: Any = None
+
+    def __call__(self, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+        with torch.cuda.device(self._device):
+            beside = torch.cuda.Stream()
+            beside.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(beside):
+                run()  # compiles kernels and lets libraries take their memory, neither of which may be recorded
+            torch.cuda.current_stream().wait_stream(beside)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                outputs = run()
+            self._pool = graph.pool()
+        return graph.replay, outputs
+
+
+class _Graph(NamedTuple):
+    """numbers: int64 `[3 T + N]`: ids, positions and slots of the new tokens, and the lengths of the requests."""
+
+    numbers: Tensor
+    table: PageTable
+    replay: Callable[[], None]
+    hidden_TH: Tensor
+    logits_TV: Tensor
+
+
+class StepGraphs:
+    """The graphs of one model and its cache.
+
+    Args:
+        decoder: the text model in its fused form.
+        record: how steps are recorded; on a GPU a `CudaRecorder`.
+        after: a bucket is recorded when it is wanted for this time: a recording takes as long as many steps.
+    """
+
+    def __init__(
+        self, model: "CausalLM", decoder: FusedModel, cache: PagedCache, record: Recorder, *, after: int = 4
+    ) -> None:
+        self.model, self.decoder, self.cache = model, decoder, cache
+        self._record, self._after = record, after
+        self._graphs: OrderedDict[tuple[int, int, int], _Graph] = OrderedDict()
+        self._wanted: Counter[tuple[int, int, int]] = Counter()
+        self._layers = list(cache.layers)
+        self._head = Watch(model.get_output_embeddings())
+        self.num_recorded = 0
+
+    def run(
+        self, requests: Sequence[Request], ids: Sequence[int], positions: Sequence[int], slots: Sequence[int],
+        lengths_q: Sequence[int], lengths_k: Sequence[int],
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """New tokens of each request: hidden states `[T, H]` and logits `[T, V]`, which the next step overwrites.
+
+        None where no graph is made: for different numbers of new tokens, for more than graphs hold, for the first steps
+        of a bucket, and for a changed model.
+        """
+        count, each = len(requests), lengths_q[0]
+        if count > MOST_REQUESTS or each > MOST_TOKENS_EACH or set(lengths_q) != {each} or not self._current():
+            return None
+        rows, width = bucket(count), self._width(max(len(request.pages) for request in requests))
+        key = rows, each, width
+        graph = self._graphs.get(key)
+        if graph is None:
+            self._wanted[key] += 1
+            if self._wanted[key] < self._after:
+                return None
+        numbers = torch.zeros(rows * (3 * each + 1), dtype=torch.int64)
+        per_token, per_request = _fields(numbers, rows)
+        per_token[2] = -1
+        per_token[:, : len(ids)] = torch.tensor([ids, positions, slots])
+        per_request[:count] = torch.tensor(lengths_k)
+        if graph is None:
+            graph = self._make(key, numbers, requests)
+        else:
+            graph.numbers.copy_(numbers)
+            graph.table.rows(requests)
+            self._graphs.move_to_end(key)
+        graph.replay()
+        return graph.hidden_TH[: len(ids)], graph.logits_TV[: len(ids)]
+
+    def _make(self, key: tuple[int, int, int], numbers: Tensor, requests: Sequence[Request]) -> _Graph:
+        rows, each, width = key
+        device, page_size = self.cache.device, self.cache.page_size
+        with torch.inference_mode(False):  # written to in and outside of inference mode
+            held = numbers.to(device, copy=True)
+            starts = torch.arange(0, rows * each + 1, each, dtype=torch.int32, device=device)
+        table = PageTable(device, shape=(rows, width))
+        page_table = table.rows(requests)
+        (ids, positions, slots), lengths = _fields(held, rows)
+
+        def run() -> tuple[Tensor, Tensor]:
+            plan = DevicePlan(page_table, lengths, starts, page_size)
+            step = Step(positions, slots, self.cache.layers, page_table, lengths, starts, plan, width * page_size)
+            hidden = self.decoder.run(self.model.embed_tokens_packed(ids), step)
+            return hidden, self.model.compute_logits(hidden)
+
+        replay, (hidden, logits) = self._record(run)
+        logger.info("recorded a step of %d x %d tokens over %d pages each", rows, each, width)
+        self.num_recorded += 1
+        graph = self._graphs[key] = _Graph(held, table, replay, hidden, logits)
+        while len(self._graphs) > _KEPT_GRAPHS:
+            self._graphs.popitem(last=False)
+        return graph
+
+    def _current(self) -> bool:
+        """False for a changed model; what was recorded with other weights or pages is dropped."""
+        current = self.decoder.unchanged() and self._head.unchanged()
+        if not current or any(a is not b for a, b in zip(self.cache.layers, self._layers, strict=True)):
+            self._graphs.clear()
+            self._layers = list(self.cache.layers)
+        return current
+
+    def _width(self, num_pages: int) -> int:
+        """Pages of a bucket: as many as are attended whole, or four times as many, and so on, up to the longest."""
+        config, page_size = self.model.text_config, self.cache.page_size
+        most = -(-config.max_position_embeddings // page_size)
+        width = max(config.index_topk_blocks * (config.index_block_size or 0) // page_size, 1)
+        while width < num_pages:
+            width *= 4
+        return max(min(width, most), num_pages)
+
+
+def _fields(numbers: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Views of `_Graph.numbers`: `[3, T]` and `[N]`."""
+    return numbers[:-rows].view(3, -1), numbers[-rows:]
+
+
+def bucket(count: int) -> int:
+    """The least 2^n or 3 * 2^n that is not below `count`: a third of a batch is padding at most."""
+    size = 1
+    while size < count:
+        if size >= 2 and size // 2 * 3 >= count:
+            return size // 2 * 3
+        size *= 2
+    return size
