@@ -1,8 +1,8 @@
 """A 1.7 B-parameter M3 on a GPU, bf16: prefill, decoding and a training step, sparse against dense.
 
 The dense side is the same model with full attention in every layer, attending with torch's flash kernel; its weights
-and everything else are the same. Random weights; a step of training is one forward and backward of one document, the
-sparse side with its alignment loss.
+and everything else are the same. Steps of decoding also run with and without CUDA graphs. Random weights; a step of
+training is one forward and backward of one document, the sparse side with its alignment loss.
 """
 
 import json
@@ -10,7 +10,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,8 @@ from torch import Tensor
 from benchmarks.gpu_timing import flash, milliseconds, publish
 from benchmarks.report import Claim, arguments
 from minim3 import kernels
+from minim3.inference.engine import Engine
+from minim3.inference.request import SamplingParams
 from minim3.model.batch import ForwardBatch
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM
 
@@ -59,20 +60,6 @@ def flash_attention() -> Iterator[None]:
         kernels.varlen_attention = ours
 
 
-class Clock:
-    """A streamer: notes when each token comes out."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        torch.cuda.synchronize()
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
 def prefill(model: MiniMaxM3SparseForCausalLM, length: int) -> float:
     ids = torch.randint(3, 32000, (length,), device=DEVICE)
     batch = ForwardBatch.packed([length], ids.device)
@@ -80,11 +67,21 @@ def prefill(model: MiniMaxM3SparseForCausalLM, length: int) -> float:
         return milliseconds(lambda: model.text_model.forward_packed(model.embed_tokens_packed(ids), batch), 1000.0)
 
 
-def decode(model: MiniMaxM3SparseForCausalLM, length: int) -> float:
-    ids = torch.randint(3, 32000, (1, length), device=DEVICE)
-    clock = Clock()
-    model.generate(input_ids=ids, max_new_tokens=24, do_sample=False, eos_token_id=[], streamer=clock)
-    return statistics.median(b - a for a, b in pairwise(clock.times[4:])) * 1e3
+def decode(model: MiniMaxM3SparseForCausalLM, length: int, batch: int = 1, *, cuda_graphs: bool = True) -> float:
+    """Median time of a step of `batch` requests, sampling included."""
+    engine = Engine(model, max_tokens_per_step=1 << 14, cuda_graphs=cuda_graphs)
+    for seed in range(batch):
+        ids = torch.randint(3, 32000, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+        engine.add_request(ids, SamplingParams(max_new_tokens=48, do_sample=False, ignore_eos=True))
+    times = []
+    while engine.scheduler.has_work:
+        start = time.perf_counter()
+        events = engine.step()  # which ends with the tokens on the host
+        if len(events) == batch:
+            times.append(time.perf_counter() - start)
+    graphs = engine.runner.graphs
+    assert (graphs is not None and graphs.num_recorded > 0) == cuda_graphs
+    return statistics.median(times[len(times) // 2 :]) * 1e3
 
 
 def train(model: MiniMaxM3SparseForCausalLM, length: int, sparse: bool) -> float:
@@ -103,13 +100,19 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--prefill", type=int, nargs="+", default=[4096, 16384, 65536, 131072])
     parser.add_argument("--decode", type=int, nargs="+", default=[4096, 32768])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], help="requests of a step as a graph")
     parser.add_argument("--train", type=int, nargs="+", default=[4096, 16384])
     options = parser.parse_args()
     found: dict[tuple[str, int], list[float]] = {}
+    graphed: dict[tuple[int, int], tuple[float, float]] = {}
     for sparse in (True, False):
         model = make_model(sparse)
         for length in options.decode:
             found.setdefault(("a token of decoding", length), []).append(decode(model, length))
+            if sparse:
+                for batch in options.batch:
+                    times = [decode(model, length, batch, cuda_graphs=graphs) for graphs in (True, False)]
+                    graphed[length, batch] = (times[0], times[1])
         with flash_attention():
             for length in options.prefill:
                 found.setdefault(("prefill", length), []).append(prefill(model, length))
@@ -124,6 +127,13 @@ def main() -> None:
             Claim(f"{name}, sparse", None, sparse_time, "ms"),
             Claim(f"{name}, dense", None, dense_time, "ms"),
             Claim(f"{name}, sparse over dense", None, dense_time / sparse_time, "x"),
+        ]
+    for (length, batch), (with_graphs, without) in graphed.items():
+        name = f"a step of decoding, {batch} at {length // 1024}K tokens"
+        claims += [
+            Claim(f"{name}, as a graph", None, with_graphs, "ms"),
+            Claim(f"{name}, launch by launch", None, without, "ms"),
+            Claim(f"{name}, graph over launches", 3.0 if batch == 1 else None, without / with_graphs, "x"),
         ]
     publish(claims, options.json)
 

@@ -58,11 +58,13 @@ def answers(engine: Engine, lengths: list[int], tokens: list[int], first: int = 
     return [request.output_ids for request in requests]
 
 
-def test_graphs_give_the_tokens_of_single_launches() -> None:
+@pytest.mark.parametrize("dtype", ["auto", "fp8"])
+def test_graphs_give_the_tokens_of_single_launches(dtype: str) -> None:
     """Two requests in a bucket of three, then one; one takes a new page after the recording. Free pages hold NaN."""
     lengths, tokens = [45, 9], [7, 6]
-    want = answers(engine_with(False, poison=True), lengths, tokens)
-    engine = engine_with(True, poison=True)
+    options = {"poison": True, "kv_cache_dtype": dtype}
+    want = answers(engine_with(False, **options), lengths, tokens)
+    engine = engine_with(True, **options)
     graphs = engine.runner.graphs
     assert answers(engine, lengths, tokens) == want
     assert (graphs.num_recorded, graphs.num_run) == (1, 4)

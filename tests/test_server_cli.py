@@ -177,8 +177,8 @@ def test_a_second_signal_ends_it_at_once() -> None:
         assert any("1 request to finish" in line for line in lines)
         server.send_signal(signal.SIGINT)
         assert server.wait(20) == 130
-        with suppress(httpx.HTTPError):  # the connection may be cut
-            assert asked.result().status_code == 503
+        with suppress(httpx.HTTPError):  # the connection may be cut, or the route with nobody to answer for it
+            assert asked.result().status_code in (500, 503)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 
 from minim3.config import MiniMaxM3VLTextConfig
-from minim3.inference.pages import PagePool
+from minim3.inference.pages import KV_CACHE_DTYPES, PagePool
 from minim3.inference.request import Request
 from minim3.model.batch import LayerPages
 
@@ -162,6 +162,13 @@ class PagedCache:
             if old is not None:
                 stored[: old.shape[0]] = old
             return stored
+
+
+def stored_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a `kv_cache_dtype` of this name means for a model in `dtype`. ValueError for an unknown name."""
+    if name not in KV_CACHE_DTYPES:
+        raise ValueError(f"kv_cache_dtype is {name!r}; known: {', '.join(KV_CACHE_DTYPES)}")
+    return torch.float8_e4m3fn if name == "fp8" else dtype
 
 
 def bytes_per_token(config: MiniMaxM3VLTextConfig, dtype: torch.dtype = torch.bfloat16) -> int:

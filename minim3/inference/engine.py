@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from minim3.inference.cache import PagedCache
+from minim3.inference.cache import PagedCache, stored_dtype
 from minim3.inference.guide import Guide
 from minim3.inference.media import digest_media, find_placeholders
 from minim3.inference.request import FinishReason, Media, Request, SamplingParams, TokenLogprobs
@@ -87,10 +87,13 @@ class Engine:
         prefix_caching: requests that begin alike share the pages of their beginning, also with those that are done.
         num_speculative_tokens: tokens that the model's MTP modules propose after every token, at most (0: none). They
             are verified in the next step: the answer is the same, in fewer steps where proposals stand.
+        kv_cache_dtype: "auto" stores keys, values and index keys in the dtype of the model, "fp8" in float8_e4m3fn:
+            half of bf16, with some loss (docs/kernels.md).
+        cuda_graphs: on a GPU, hold the steps of decoding as CUDA graphs.
         shuffle_seed, poison: debugging aids of the cache (`PagedCache`).
 
     Raises:
-        ValueError: a size below its least, or speculation with a model that has no MTP modules.
+        ValueError: a size below its least, speculation with a model that has no MTP modules, or an unknown dtype.
     """
 
     def __init__(
@@ -104,17 +107,20 @@ class Engine:
         initial_pages: int = 64,
         prefix_caching: bool = True,
         num_speculative_tokens: int = 0,
+        kv_cache_dtype: str = "auto",
+        cuda_graphs: bool = True,
         shuffle_seed: int | None = None,
         poison: bool = False,
     ) -> None:
         weight = next(iter(model.text_model.parameters()))
         self.model = model
+        cache_dtype = stored_dtype(kv_cache_dtype, weight.dtype)
         self.cache = PagedCache(
             model.text_config,
             page_size=page_size,
             num_pages=initial_pages if num_pages is None else num_pages,
             max_pages=num_pages,
-            dtype=weight.dtype,
+            dtype=cache_dtype,
             device=weight.device,
             num_draft_layers=num_draft_layers(model, num_speculative_tokens),
             prefix_caching=prefix_caching,
@@ -126,7 +132,7 @@ class Engine:
             max_running=max_running,
             pool=self.cache.pool,
         )
-        self.runner = Runner(model, self.cache)
+        self.runner = Runner(model, self.cache, cuda_graphs=cuda_graphs)
         self.sampler = Sampler()
         self.drafter = Drafter(self.runner, num_speculative_tokens) if num_speculative_tokens else None
         self.stats = EngineStats()

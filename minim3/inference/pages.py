@@ -20,6 +20,9 @@ from collections.abc import Callable, Iterable, Sequence
 from minim3.inference.prefix import page_keys
 from minim3.inference.request import Request
 
+KV_CACHE_DTYPES = ("auto", "fp8")
+"""What pages may hold: numbers of the model's dtype, or of 8 bits."""
+
 
 class OutOfPages(RuntimeError):
     """A page was asked for while every one is in use."""

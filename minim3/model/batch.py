@@ -84,8 +84,12 @@ class PagedContext:
     def store(self, pages: Tensor, new: Tensor) -> None:
         """Put `new` `[T, heads, D]` into `pages` `[P, heads, page, D]` (or `[P, page, D]` for one head)."""
         dim = new.shape[2]
-        rows = self.token_rows(new.shape[1])
-        pages.view(-1, dim).index_copy_(0, rows, new.reshape(-1, dim).to(pages.dtype))
+        rows, values = self.token_rows(new.shape[1]), new.reshape(-1, dim)
+        if pages.dtype == torch.float8_e4m3fn:
+            # It has no infinity: what is out of range might become NaN. And it cannot be indexed, its bytes can.
+            values = values.clamp(-448.0, 448.0).to(pages.dtype).view(torch.uint8)
+            pages = pages.view(torch.uint8)
+        pages.view(-1, dim).index_copy_(0, rows, values.to(pages.dtype))
 
 
 @dataclass(frozen=True)

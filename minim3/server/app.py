@@ -97,6 +97,8 @@ def make_engine(settings: ServerSettings, model: Any) -> Engine:
         max_running=settings.max_running,
         num_pages=settings.num_pages,
         num_speculative_tokens=settings.speculative_tokens,
+        kv_cache_dtype=settings.kv_cache_dtype,
+        cuda_graphs=settings.cuda_graphs,
     )
 
 

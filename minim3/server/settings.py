@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field, fields
 
+from minim3.inference.pages import KV_CACHE_DTYPES
+
 MEBIBYTE = 1024 * 1024
 LOG_LEVELS = ("debug", "info", "warning", "error")
 THINKING_MODES = ("adaptive", "enabled", "disabled")
@@ -27,6 +29,8 @@ class ServerSettings:
         max_tokens_per_step: tokens computed in one engine step; lower makes streams smoother, higher prefills faster.
         num_pages: size of the cache in pages; None lets it grow as needed.
         speculative_tokens: tokens drafted by the model's MTP modules at each step; 0 is off.
+        kv_cache_dtype: "auto" stores keys and values in the dtype of the model, "fp8" in 8 bits.
+        cuda_graphs: on a GPU, hold the steps of decoding as CUDA graphs.
         retry_after_seconds: what 429 and 503 tell the client to wait.
         request_seconds: longest a request may take, from arrival to its last token.
         drain_seconds: longest a stopping server waits for the requests under way.
@@ -78,6 +82,8 @@ class ServerSettings:
     max_tokens_per_step: int = 512
     num_pages: int | None = None
     speculative_tokens: int = 0
+    kv_cache_dtype: str = "auto"
+    cuda_graphs: bool = True
     retry_after_seconds: int = 2
     request_seconds: float = 600.0
     drain_seconds: float = 60.0
@@ -119,6 +125,8 @@ class ServerSettings:
             raise ValueError("an API key is empty; leave keys out to open the server to everybody")
         if self.thinking not in THINKING_MODES:
             raise ValueError(f"thinking is {self.thinking!r}; known: {', '.join(THINKING_MODES)}")
+        if self.kv_cache_dtype not in KV_CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype is {self.kv_cache_dtype!r}; known: {', '.join(KV_CACHE_DTYPES)}")
         if self.log_level not in LOG_LEVELS:
             raise ValueError(f"log_level is {self.log_level!r}; known: {', '.join(LOG_LEVELS)}")
         if not 0 <= self.port <= 65535:
