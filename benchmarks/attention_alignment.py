@@ -1,7 +1,7 @@
 """The indexer's alignment loss with its gradient: over selected keys, and over all keys (warm-up).
 
 The layer of `attention_prefill`, random selection. Its cost over selected keys grows with the length, over all keys
-with its square.
+with its square. As in training, the teacher's log-sum-exps are those that attention has left; "alone" finds them again.
 """
 
 import statistics
@@ -26,11 +26,19 @@ from benchmarks.report import Claim, alternate, product, share_of_products
 from minim3 import kernels
 
 
-def align(layer: Layer, ids: Tensor | None) -> Callable[[], object]:
+def attended(layer: Layer, ids: Tensor | None) -> Tensor:
+    """The log-sum-exps of attention, `[T, HEADS]`."""
+    cu = layer.cu_seqlens
+    if ids is None:
+        return kernels.varlen_attention(layer.q, layer.k, layer.v, cu, cu)[1]
+    return kernels.block_sparse_attention(layer.q, layer.k, layer.v, ids, cu, cu, block_size=BLOCK)[1]
+
+
+def align(layer: Layer, ids: Tensor | None, lse: Tensor | None = None) -> Callable[[], object]:
     index = [x.detach().requires_grad_() for x in (layer.index_q, layer.index_k)]
     cu = layer.cu_seqlens
     return lambda: torch.autograd.grad(
-        kernels.indexer_kl(layer.q, layer.k, *index, ids, cu, cu, block_size=BLOCK), index
+        kernels.indexer_kl(layer.q, layer.k, *index, ids, cu, cu, block_size=BLOCK, lse=lse), index
     )
 
 
@@ -40,14 +48,15 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     claims: list[Claim] = []
-    lines: dict[str, dict[int, float]] = {"selected keys": {}, "all keys": {}}
+    lines: dict[str, dict[int, float]] = {"selected keys": {}, "selected keys, alone": {}, "all keys": {}}
     warm_up(lambda layer: align(layer, layer.select())())
     for length in options.lengths:
         layer = make_layer(length, "random")
         ids = layer.select()
-        sides = {"product": product(), "selected keys": align(layer, ids)}
+        sides = {"product": product(), "selected keys": align(layer, ids, attended(layer, ids))}
+        sides["selected keys, alone"] = align(layer, ids)
         if length <= options.longest_warm_up:
-            sides["all keys"] = align(layer, None)
+            sides["all keys"] = align(layer, None, attended(layer, None))
         seconds = alternate(sides, options.rounds, options.clock)
         for side, values in seconds.items():
             if side == "product":

@@ -76,11 +76,11 @@ class Case:
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
         return [out.detach(), lse, *torch.autograd.grad((out * weights).sum(), leaves)]
 
-    def align(self, ids: Tensor | None, implementation: str) -> list[Tensor]:
-        """The alignment loss and its gradients."""
+    def align(self, ids: Tensor | None, implementation: str, lse: Tensor | None = None) -> list[Tensor]:
+        """The alignment loss and its gradients; `lse`: of the attention."""
         leaves = [x.clone().requires_grad_() for x in (self.index_q, self.index_k)]
         loss = kernels.indexer_kl(
-            self.q, self.k, *leaves, ids, *self.cu, block_size=self.block_size, implementation=implementation
+            self.q, self.k, *leaves, ids, *self.cu, block_size=self.block_size, lse=lse, implementation=implementation
         )
         return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
@@ -105,10 +105,14 @@ def test_attention_and_gradient_equal_reference(case: Case) -> None:
 
 
 @PROPERTY
-@given(cases(), st.booleans())
-def test_alignment_and_gradient_equal_reference(case: Case, warm_up: bool) -> None:
-    ids = None if warm_up else case.ids()
-    want, got, again = (case.align(ids, name) for name in ("reference", "portable", "portable"))
+@given(cases(), st.booleans(), st.sampled_from([None, "reference", "portable"]))
+def test_alignment_and_gradient_equal_reference(case: Case, warm_up: bool, attended_by: str | None) -> None:
+    ids, lse = None if warm_up else case.ids(), None
+    if attended_by is not None and ids is not None:
+        lse = case.attend(ids, attended_by)[1]
+    elif attended_by is not None:
+        _, lse = kernels.varlen_attention(case.q, case.k, case.v, *case.cu, implementation=attended_by)
+    want, got, again = (case.align(ids, name, lse) for name in ("reference", "portable", "portable"))
     for i, (a, b, c) in enumerate(zip(got, want, again)):
         # A document of one token agrees with its teacher exactly: gradients of rounding size.
         assert (a - b).abs().max() <= (1e-4 if i else 1e-5) * b.abs().max() + 1e-8
@@ -121,8 +125,10 @@ def test_alignment_of_own_blocks_left_out() -> None:
     ids = case.ids()
     ids[100:, :, -1] = ids[100:, :, 0]
     ids[100:, :, 0] = -1
-    for got, want in zip(case.align(ids, "portable"), case.align(ids, "reference")):
-        close(got, want, 1e-4)
+    wanted = case.align(ids, "reference")
+    for lse in (None, case.attend(ids, "reference")[1]):
+        for got, want in zip(case.align(ids, "portable", lse), wanted):
+            close(got, want, 1e-4)
     for got, want in zip(case.attend(ids, "portable"), case.attend(ids, "reference")):
         close(got, want, 1e-4)
 

@@ -14,7 +14,10 @@ SHAPES = {  # lengths of queries, of keys, heads, group, dim, index dim, block s
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("warm_up", [False, True])
-def test_loss_and_gradient_equal_reference(name: str, warm_up: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("known", [False, True], ids=["alone", "after attention"])
+def test_loss_and_gradient_equal_reference(
+    name: str, known: bool, warm_up: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Teacher detached; lists of queries longer than a segment; index keys shared by the heads; the same bits twice."""
     from minim3.kernels.triton import lists
 
@@ -27,11 +30,15 @@ def test_loss_and_gradient_equal_reference(name: str, warm_up: bool, monkeypatch
     )]  # fmt: skip
     ids = None if warm_up else random_ids(cu_q, cu_k, heads, block_size, topk)
     results = []
-    for implementation in ("reference", "triton", "triton"):
+    run = {"scale": 0.4, "implementation": "reference"}
+    q, k = inputs[:2]
+    if warm_up:
+        _, lse = kernels.varlen_attention(q, k, k, cu_q, cu_k, **run)
+    else:
+        _, lse = kernels.block_sparse_attention(q, k, k, ids, cu_q, cu_k, block_size=block_size, **run)
+    for run["implementation"] in ("reference", "triton", "triton"):
         leaves = [x.clone().requires_grad_() for x in inputs]
-        loss = kernels.indexer_kl(
-            *leaves, ids, cu_q, cu_k, block_size=block_size, scale=0.4, implementation=implementation
-        )
+        loss = kernels.indexer_kl(*leaves, ids, cu_q, cu_k, block_size=block_size, lse=lse if known else None, **run)
         (3 * loss).backward()
         assert [leaf.grad for leaf in leaves[:2]] == [None, None], "the teacher is detached"
         results.append((loss.detach(), leaves[2].grad, leaves[3].grad))

@@ -276,10 +276,15 @@ def paged_attention(
 def indexer_kl(
     q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, block_indices: Tensor | None, cu_seqlens_q: Lengths,
     cu_seqlens_k: Lengths, *, q_offset: Lengths | None = None, block_size: int, scale: float | None = None,
-    index_scale: float | None = None, implementation: str | None = None,
+    index_scale: float | None = None, lse: Tensor | None = None, implementation: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """KL of index attention from main attention, mean over tokens and heads; gradient to the indexer only."""
+    """KL of index attention from main attention, mean over tokens and heads; gradient to the indexer only.
+
+    lse: what attention over the same keys returned, `[T, Hq]`: it saves a pass.
+    """
     _check_heads(q, k.shape[1], block_indices)
+    if lse is not None and lse.shape != q.shape[:2]:
+        raise ValueError(f"lse has shape {tuple(lse.shape)}; it needs [tokens, query heads] = {tuple(q.shape[:2])}")
     if index_q.shape[1] != k.shape[1]:
         raise ValueError(f"{index_q.shape[1]} index heads for {k.shape[1]} KV heads; the indexer needs one per KV head")
     return _function(
@@ -290,7 +295,7 @@ def indexer_kl(
         ),
     )(
         q, k, index_q, index_k, block_indices, cu_seqlens_q, cu_seqlens_k, q_offset=q_offset, block_size=block_size,
-        scale=scale, index_scale=index_scale,
+        scale=scale, index_scale=index_scale, lse=lse,
     )  # fmt: skip
 
 

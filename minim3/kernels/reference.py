@@ -246,13 +246,16 @@ def paged_attention(
 def indexer_kl(
     q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, block_indices: Tensor | None, cu_seqlens_q: Lengths,
     cu_seqlens_k: Lengths, *, q_offset: Lengths | None = None, block_size: int, scale: float | None = None,
-    index_scale: float | None = None,
+    index_scale: float | None = None, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """KL(teacher || student), mean over tokens and index heads: with gradient to `index_q`, `index_k` only.
 
     Student: softmax of one index head's scores (`[T, Hi, Di]`, `[S, Di]`). Teacher: the main branch's softmax
     (`[T, Hq, D]`, `[S, Hkv, D]`) averaged over the query heads of the group. Both over the visible keys of the selected
     blocks; over all visible keys where `block_indices` is None (warm-up).
+
+    lse: `[T, Hq]`, what attention over the same keys with the same scale returned: the teacher's, which others than
+    this need not find again.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     index_scale = index_q.shape[-1] ** -0.5 if index_scale is None else index_scale

@@ -153,19 +153,20 @@ class MiniMaxM3Attention(nn.Module):
             if chooses:
                 assert indexer is not None
                 assert block_indices is not None
-                out, _ = kernels.block_sparse_attention(
+                out, lse = kernels.block_sparse_attention(
                     q, k, v, block_indices, *spans, block_size=indexer.block_size, implementation=self.backend
                 )
             else:
-                out, _ = kernels.varlen_attention(q, k, v, *spans, implementation=self.backend)
+                out, lse = kernels.varlen_attention(q, k, v, *spans, implementation=self.backend)
         if indexer is not None and record is not None:
             if record.indexer_kl is not None:
+                assert pages is None, "an indexer is aligned over whole sequences"
                 assert index_q is not None
                 assert index_k is not None
                 record.indexer_kl.append(
                     kernels.indexer_kl(
                         q.detach(), k.detach(), index_q, index_k.squeeze(1), block_indices if chooses else None, *spans,
-                        block_size=indexer.block_size, implementation=self.backend,
+                        block_size=indexer.block_size, lse=lse.detach(), implementation=self.backend,
                     )
                 )  # fmt: skip
             if record.block_indices is not None:

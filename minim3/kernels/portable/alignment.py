@@ -24,7 +24,7 @@ _HIDDEN = -1e30
 def indexer_kl(
     q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, block_indices: Tensor | None, cu_seqlens_q: Lengths,
     cu_seqlens_k: Lengths, *, q_offset: Lengths | None = None, block_size: int, scale: float | None = None,
-    index_scale: float | None = None,
+    index_scale: float | None = None, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See the reference."""
     spans = sequence_spans(cu_seqlens_q, cu_seqlens_k, q_offset, num_queries=q.shape[0], num_keys=k.shape[0])
@@ -34,7 +34,8 @@ def indexer_kl(
         index_q.shape[-1] ** -0.5 if index_scale is None else index_scale,
     )  # fmt: skip
     q, k = q.detach().to(dtype), k.detach().to(dtype)
-    return _IndexerKL.apply(q, k, index_q.to(dtype), index_k.to(dtype), block_indices, work)
+    lse = None if lse is None else lse.detach().to(dtype)
+    return _IndexerKL.apply(q, k, index_q.to(dtype), index_k.to(dtype), block_indices, lse, work)
 
 
 class Work(NamedTuple):
@@ -47,10 +48,11 @@ class Work(NamedTuple):
 class _IndexerKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor | None, work: Work
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor | None, lse: Tensor | None,
+        work: Work,
+    ) -> Tensor:  # fmt: skip
         wants_grad = any(ctx.needs_input_grad)
-        loss, grad_q, grad_k = _loss_and_gradient(q, k, index_q, index_k, ids, work, wants_grad)
+        loss, grad_q, grad_k = _loss_and_gradient(q, k, index_q, index_k, ids, lse, work, wants_grad)
         if wants_grad:
             ctx.save_for_backward(grad_q, grad_k)
         return loss
@@ -59,12 +61,13 @@ class _IndexerKL(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_q, grad_k = ctx.saved_tensors
-        return None, None, grad_q * grad, grad_k * grad, None, None
+        return None, None, grad_q * grad, grad_k * grad, None, None, None
 
 
 def _loss_and_gradient(
-    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor | None, work: Work, wants_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor | None, lse: Tensor | None, work: Work,
+    wants_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     rows = max(index_q.shape[0] * index_q.shape[1], 1)
     grad_q, grad_k = torch.zeros_like(index_q), torch.zeros_like(index_k)
     # Thousands of parts add up here; in fp32 the last ones would round off.
@@ -90,7 +93,7 @@ def _loss_and_gradient(
         grad_q = covered[0] if b.rows_q is None else grad_q.index_copy_(0, b.rows_q, covered[0])
         grad_k = covered[1] if b.rows_k is None else grad_k.index_copy_(0, b.rows_k, covered[1])
     for span, chosen in (*((span, None) for span in rest), *((span, ids) for span in sparse)):
-        loss = loss + _long_piece(q, k, index_q, index_k, chosen, span, work, grad_q, grad_k)
+        loss = loss + _long_piece(q, k, index_q, index_k, chosen, lse, span, work, grad_q, grad_k)
     if wants_grad:
         grad_q, grad_k = grad_q.div_(rows), grad_k.div_(rows)
     return (loss / rows).to(index_q.dtype), grad_q, grad_k
@@ -147,8 +150,8 @@ def _piece(batch: _Batch, keep: Tensor, weight: Tensor | None, work: Work) -> tu
 
 
 def _long_piece(
-    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor | None, span: Span, work: Work,
-    grad_q: Tensor, grad_k: Tensor,
+    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor | None, lse: Tensor | None, span: Span,
+    work: Work, grad_q: Tensor, grad_k: Tensor,
 ) -> Tensor:  # fmt: skip
     """Summed KL of one sequence; fills its rows of `grad_q` and adds to `grad_k`. The packed tensors are whole."""
     seen = slice(span.k_start, span.k_start + span.offset + span.num_queries)
@@ -160,8 +163,11 @@ def _long_piece(
     def head(h: int, at: slice, choice: products.Choice) -> None:
         heads = slice(h * group, (h + 1) * group)
         main, index = _extended(q[at, heads], work.scale), _extended(index_q[at, h : h + 1], work.index_scale)
-        for rows, extended_keys in ((main, keys[h]), (index, index_keys)):
-            _subtract_log_sum_exp(rows, extended_keys, choice)
+        _subtract_log_sum_exp(index, index_keys, choice)
+        if lse is None:
+            _subtract_log_sum_exp(main, keys[h], choice)
+        else:
+            torch.neg(lse[at, heads], out=main[..., -1])
         part, part_q = _tile(main, index, keys[h], index_keys, choice, grad_keys[h])
         grad_q[at, h] = part_q.mul_(work.index_scale)
         losses[h] += part

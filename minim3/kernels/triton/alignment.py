@@ -1,7 +1,8 @@
 """Indexer KL and its closed-form gradient: over the blocks chosen, or over all keys (warm-up).
 
-One walk along a tile's blocks finds both log-sum-exps, a second one the loss and the gradient of index queries, while
-teacher and student lie side by side; a pass over the lists of queries of each block gives the gradient of index keys.
+One walk along a tile's blocks finds both log-sum-exps, the student's alone where attention has left the teacher's; a
+second one the loss and the gradient of index queries, while teacher and student lie side by side; a pass over the lists
+of queries of each block gives the gradient of index keys.
 The gradient at a scaled index score is (student - teacher) / (tokens * heads). No probability is ever stored.
 """
 
@@ -42,6 +43,20 @@ _LIST_TOKENS = 32
 
 
 @triton.jit
+def _index_scores(
+    index_query, index_k, start, within, first_key, num_keys, stride_index_k, index_position, index_member,
+    index_scale_log2, INDEX_D: tl.constexpr, BLOCK_INDEX_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scaled scores (base 2) of index rows, -inf where hidden; and the index keys."""
+    key = start + within
+    seen = key < num_keys
+    index_keys = load_keys(index_k, row_offsets(first_key + key, stride_index_k), seen, INDEX_D, BLOCK_INDEX_D, True)
+    scores = tl.dot(index_query, tl.trans(index_keys), input_precision=PRECISION) * index_scale_log2
+    visible = index_member[:, None] & (key[None, :] <= index_position[:, None])
+    return tl.where(visible, scores, float("-inf")), index_keys
+
+
+@triton.jit
 def _scores(
     query, index_query, k, index_k, start, within, first_key, num_keys, stride_k, stride_index_k, position, member,
     index_position, index_member, scale_log2, index_scale_log2,
@@ -51,12 +66,13 @@ def _scores(
     key = start + within
     seen = key < num_keys
     keys = load_keys(k, row_offsets(first_key + key, stride_k), seen, D, BLOCK_D, True)
-    index_keys = load_keys(index_k, row_offsets(first_key + key, stride_index_k), seen, INDEX_D, BLOCK_INDEX_D, True)
     scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale_log2
     scores = tl.where(member[:, None] & (key[None, :] <= position[:, None]), scores, float("-inf"))
-    index_scores = tl.dot(index_query, tl.trans(index_keys), input_precision=PRECISION) * index_scale_log2
-    hidden = index_member[:, None] & (key[None, :] <= index_position[:, None])
-    return scores, tl.where(hidden, index_scores, float("-inf")), index_keys
+    index_scores, index_keys = _index_scores(
+        index_query, index_k, start, within, first_key, num_keys, stride_index_k, index_position, index_member,
+        index_scale_log2, INDEX_D, BLOCK_INDEX_D, PRECISION,
+    )  # fmt: skip
+    return scores, index_scores, index_keys
 
 
 @triton.jit
@@ -69,14 +85,18 @@ def _add_exponentials(scores, top, total):
 
 @triton.jit
 def _query_kernel(
-    q, k, index_q, index_k, lse, index_lse, loss, grad_index_q, sequences, tiles, union_ids, union_members,
+    q, k, index_q, index_k, known_lse, lse, index_lse, loss, grad_index_q, sequences, tiles, union_ids, union_members,
     union_counts, stride_q, stride_q_head, stride_k, stride_k_head, stride_index_q, stride_index_q_head,
     stride_index_k, scale_log2, index_scale_log2, grad_scale,
     COLUMNS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, INDEX_D: tl.constexpr, BLOCK_INDEX_D: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr,
-    CANDIDATES: tl.constexpr, SPARSE: tl.constexpr, PRECISION: tl.constexpr, LN2: tl.constexpr,
+    CANDIDATES: tl.constexpr, SPARSE: tl.constexpr, PRECISION: tl.constexpr, KNOWN: tl.constexpr, LOG2E: tl.constexpr,
+    LN2: tl.constexpr,
 ):  # fmt: skip
-    """One tile of tokens and one KV head: log-sum-exps (base 2), losses, gradient of index queries."""
+    """One tile of tokens and one KV head: log-sum-exps (base 2), losses, gradient of index queries.
+
+    KNOWN: the teacher's log-sum-exps are in `known_lse` (base e), and only the student's are found.
+    """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     sequence = tl.load(tiles + 2 * tile)
@@ -123,15 +143,26 @@ def _query_kernel(
                 members = tl.load(union_members + base + step // STEPS)
                 member = used & (((members >> (row // GROUP)) & 1) != 0)
                 index_member = index_used & (((members >> token) & 1) != 0)
-            scores, index_scores, _ = _scores(
-                query, index_query, k, index_k, place, within, first_key, num_keys, stride_k, stride_index_k, position,
-                member, index_position, index_member, scale_log2, index_scale_log2, D, BLOCK_D, INDEX_D, BLOCK_INDEX_D,
-                PRECISION,
-            )  # fmt: skip
-            top, total = _add_exponentials(scores, top, total)
+            if KNOWN:
+                index_scores, _ = _index_scores(
+                    index_query, index_k, place, within, first_key, num_keys, stride_index_k, index_position,
+                    index_member, index_scale_log2, INDEX_D, BLOCK_INDEX_D, PRECISION,
+                )  # fmt: skip
+            else:
+                scores, index_scores, _ = _scores(
+                    query, index_query, k, index_k, place, within, first_key, num_keys, stride_k, stride_index_k,
+                    position, member, index_position, index_member, scale_log2, index_scale_log2, D, BLOCK_D, INDEX_D,
+                    BLOCK_INDEX_D, PRECISION,
+                )  # fmt: skip
+                top, total = _add_exponentials(scores, top, total)
             index_top, index_total = _add_exponentials(index_scores, index_top, index_total)
         # Rows beyond the tile's queries saw nothing: an infinite sum makes their probabilities zero.
-        log_sum = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
+        flat = row_offsets(first_query + row // GROUP, KV_HEADS * GROUP) + head
+        if KNOWN:
+            log_sum = tl.load(known_lse + flat, mask=used, other=float("inf")) * LOG2E
+            log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum)
+        else:
+            log_sum = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
         index_log_sum = tl.where(
             index_total > 0.0, index_top + tl.log2(tl.where(index_total > 0.0, index_total, 1.0)), float("inf")
         )
@@ -159,7 +190,6 @@ def _query_kernel(
             losses += tl.sum(tl.where(some, teacher * gap, 0.0), 1)
             slope = tl.exp2(log_student) - teacher
             acc = tl.dot(slope.to(index_keys.dtype), index_keys, acc, input_precision=PRECISION)
-        flat = row_offsets(first_query + row // GROUP, KV_HEADS * GROUP) + head
         tl.store(lse + flat, log_sum, mask=used)
         index_flat = row_offsets(first_query + token, KV_HEADS) + kv_head
         tl.store(index_lse + index_flat, index_log_sum, mask=index_used)
@@ -266,7 +296,7 @@ class _Work(NamedTuple):
 def indexer_kl(
     q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, block_indices: Tensor | None, cu_seqlens_q: Lengths,
     cu_seqlens_k: Lengths, *, q_offset: Lengths | None = None, block_size: int, scale: float | None = None,
-    index_scale: float | None = None,
+    index_scale: float | None = None, lse: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """See the reference."""
     work = _Work(
@@ -276,16 +306,18 @@ def indexer_kl(
         index_q.shape[-1] ** -0.5 if index_scale is None else index_scale,
     )
     q, k = rows_contiguous(q.detach()), rows_contiguous(k.detach())
-    return _IndexerKL.apply(q, k, rows_contiguous(index_q), rows_contiguous(index_k), block_indices, work)
+    lse = None if lse is None else lse.detach().float().contiguous()
+    return _IndexerKL.apply(q, k, rows_contiguous(index_q), rows_contiguous(index_k), block_indices, lse, work)
 
 
 class _IndexerKL(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor | None, work: _Work
-    ) -> Tensor:
+        ctx: Any, q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor | None, lse: Tensor | None,
+        work: _Work,
+    ) -> Tensor:  # fmt: skip
         wants_grad = any(ctx.needs_input_grad)
-        loss, grad_q, grad_k = _loss_and_gradient(q, k, index_q, index_k, ids, work, wants_grad)
+        loss, grad_q, grad_k = _loss_and_gradient(q, k, index_q, index_k, ids, lse, work, wants_grad)
         if wants_grad:
             ctx.save_for_backward(grad_q, grad_k)
             ctx.dtypes = index_q.dtype, index_k.dtype
@@ -296,19 +328,20 @@ class _IndexerKL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_q, grad_k = ctx.saved_tensors
         dtype_q, dtype_k = ctx.dtypes
-        return None, None, (grad_q * grad).to(dtype_q), (grad_k * grad).to(dtype_k), None, None
+        return None, None, (grad_q * grad).to(dtype_q), (grad_k * grad).to(dtype_k), None, None, None
 
 
 def _loss_and_gradient(
-    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor | None, work: _Work, wants_grad: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+    q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, ids: Tensor | None, lse: Tensor | None, work: _Work,
+    wants_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     heads, device = k.shape[1], q.device
     rows = max(index_q.shape[0] * heads, 1)
     grad_q = torch.empty(index_q.shape, dtype=torch.float32, device=device)
     grad_k = torch.empty(index_k.shape, dtype=torch.float32, device=device)
     if not q.numel():
         return torch.zeros((), dtype=torch.float32, device=device), grad_q, grad_k.zero_()
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=device)
+    known_lse, lse = lse, torch.empty(q.shape[:2], dtype=torch.float32, device=device)
     index_lse = torch.empty(index_q.shape[:2], dtype=torch.float32, device=device)
     losses = torch.empty_like(index_lse)
     tiles = Tiles(q, k, ids, work.layout, page_table=None, block_size=work.block_size, causal=True, rows=_ROWS)
@@ -327,7 +360,8 @@ def _loss_and_gradient(
         "SPARSE",
     )}  # fmt: skip
     _query_kernel[tiles.grid](
-        q, k, index_q, index_k, lse, index_lse, losses, grad_q, LN2=LN_2, num_warps=4,
+        q, k, index_q, index_k, lse if known_lse is None else known_lse, lse, index_lse, losses, grad_q,
+        KNOWN=known_lse is not None, LOG2E=LOG2_E, LN2=LN_2, num_warps=4,
         num_stages=1 if q.dtype == torch.float32 else 2, **shape, **known,
     )  # fmt: skip
     # In fp64, since millions of losses add up; in one order.
