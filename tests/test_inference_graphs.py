@@ -1,5 +1,8 @@
 """Steps of decoding as graphs: what is recorded at one step is right at every other, on Triton interpreted."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -8,7 +11,7 @@ from minim3.inference.graphs import StepGraphs, bucket
 from minim3.inference.request import SamplingParams
 from minim3.model.fused import FusedModel
 from tests.interpreted import interpreted  # noqa: F401
-from tests.recorder import record
+from tests.recorder import Recorder
 from tests.tiny_models import random_ids, text_model
 
 SHAPE = {"index_block_size": 16, "index_topk_blocks": 2, "num_hidden_layers": 2,
@@ -34,7 +37,7 @@ def engine_with(graphs: bool, changes: dict | None = None, **options) -> Engine:
     assert engine.runner.graphs is None  # there is no GPU
     assert engine.runner.decoding.why_no_graph(engine.cache.layers) is None
     if graphs:
-        engine.runner.graphs = Counted(model, engine.runner.decoding, engine.cache, record, after=2)
+        engine.runner.graphs = Counted(model, engine.runner.decoding, engine.cache, Recorder(), after=2)
     return engine
 
 
@@ -43,7 +46,7 @@ class Counted(StepGraphs):
 
     num_run = 0
 
-    def run(self, *args) -> tuple | None:
+    def run(self, *args) -> torch.Tensor | None:
         found = super().run(*args)
         self.num_run += found is not None
         return found
@@ -80,14 +83,30 @@ def test_graphs_are_dropped_when_the_cache_grows_or_the_model_changes() -> None:
     assert answers(engine, lengths, tokens) == want[0]
     recorded, run = graphs.num_recorded, graphs.num_run
     assert run
+    old = weakref.ref(engine.cache.layers[0].k)
     engine.cache.pool._grow_to(8)
+    gc.collect()
+    assert old() is None, "graphs keep the pages that a growing cache lets go"
     assert answers(engine, lengths, tokens, 7) == want[1]
     assert graphs.num_recorded > recorded
+    assert graphs._record.num_forgotten == 1
     run = graphs.num_run
-    head = engine.model.get_output_embeddings()
-    head.weight.data = head.weight.data.clone()
+    norm = engine.model.text_model.norm
+    norm.weight.data = norm.weight.data.clone()
     assert answers(engine, lengths, tokens) == want[0]
     assert graphs.num_run == run
+
+
+def test_a_graph_that_reads_freed_memory_is_found() -> None:
+    """The recorder of these tests keeps alive no more than a graph does."""
+    held = [torch.ones(3)]
+    replay, out = Recorder()(lambda: held[0][1:] + 1)
+    held[0].fill_(4.0)
+    replay()
+    assert out.tolist() == [5.0, 5.0]
+    held.clear()
+    with pytest.raises(AssertionError, match="reads freed memory"):
+        replay()
 
 
 def test_drafts_are_verified_in_graphs() -> None:
@@ -110,4 +129,4 @@ def test_what_a_graph_cannot_hold_is_found() -> None:
     """The recorder of these tests refuses what a capture refuses."""
     for run in (lambda: torch.ones(2).sum().item(), lambda: torch.tensor([1, 2]), lambda: torch.ones(3).nonzero()):
         with pytest.raises(AssertionError, match="cannot hold"):
-            record(run)
+            Recorder()(run)

@@ -1,12 +1,18 @@
 """The decoder of inference on Triton, interpreted: it computes what the modules compute, and stores the same."""
 
+from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from minim3.inference.engine import Engine
+from minim3.inference.request import SamplingParams
+from minim3.model.batch import LayerPages
 from minim3.model.fused import FusedModel
 from minim3.model.layers import rotary_table
+from minim3.model.quantization import quantize_model
 from tests import tiny_models
 from tests.interpreted import interpreted  # noqa: F401
 from tests.test_model_decoding import cached, compare, embeddings
@@ -68,3 +74,47 @@ def test_what_has_no_such_form_is_left_to_the_modules() -> None:
     portable = tiny_models.text_model(3, **SHAPE)
     portable.pack_for_inference()
     assert FusedModel.of(portable.text_model) is None
+
+
+@pytest.mark.parametrize("format", ["bf16", "mxfp8", "int8"])
+def test_quantized_weights_run_and_are_no_graph(format: str) -> None:
+    """Their projections have no `weight` to ask for, and their products may ask the device."""
+    model = tiny_models.text_model(3, backend="triton", **SHAPE, hidden_size=64, intermediate_size=32)
+    quantize_model(model, format)
+    engine = Engine(model)
+    fused = engine.runner.decoding
+    assert isinstance(fused, FusedModel)
+    assert "may ask the device" in (fused.why_no_graph(engine.cache.layers) or "")
+    params = SamplingParams(max_new_tokens=3, temperature=0.0, ignore_eos=True)
+    request = engine.add_request(tiny_models.random_ids(40).tolist(), params)
+    engine.run()
+    assert len(request.output_ids) == 3
+
+
+def test_pages_that_no_kernel_takes_are_left_to_the_modules() -> None:
+    """8 bits before compute capability 8.9."""
+    model, fused = prepared()
+    batch = cached(model, [(3, 1)], 16)
+    assert batch.pages is not None
+    eight = [LayerPages(*(None if x is None else x.to(torch.float8_e4m3fn) for x in (p.k, p.v, p.index_k)))
+             for p in batch.pages.layers]  # fmt: skip
+    batch = replace(batch, pages=replace(batch.pages, layers=eight))
+    with torch.no_grad():
+        assert fused.forward_packed(embeddings(batch), batch) is not None
+        with mock.patch("minim3.kernels.availability.why_not_cache", return_value="too old"):
+            assert fused.forward_packed(embeddings(batch), batch) is None
+
+
+def test_autocast_is_left_to_the_modules() -> None:
+    """Which know what must stay in fp32 (pitfall 19)."""
+    model, fused = prepared()
+    batch = cached(model, [(3, 1)], 16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fused.forward_packed(embeddings(batch), batch) is None
+
+
+def test_another_implementation_is_not_asked_for_kernels_it_lacks() -> None:
+    """`backend="native"` on head dimensions that C does not take: the modules run, and nothing is raised."""
+    model = tiny_models.text_model(3, backend="native", head_dim=12, index_head_dim=12, index_n_heads=2)
+    model.pack_for_inference()
+    assert FusedModel.of(model.text_model) is None

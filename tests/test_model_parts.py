@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from minim3.kernels.portable.experts import SwigluOAI
+from minim3 import kernels
 from minim3.kernels.reference import selected_keys_mask, swiglu_oai
 from minim3.model.batch import ForwardBatch, ForwardRecord, PagedContext
 from minim3.model.causal_lm import MiniMaxM3SparseForCausalLM as Text
@@ -193,7 +193,7 @@ def test_gradient_of_the_rotation(tokens: int, rotary_dim: int) -> None:
 def test_gradient_of_the_gate(shape: tuple[int, ...], alpha: float, beta: float, limit: float) -> None:
     """Also beyond the limit, where there is none."""
     gate, up = numbers(*shape, 1, size=2.0).squeeze(-1), numbers(1, *shape, size=2.0).squeeze(0)
-    got = SwigluOAI.apply(gate, up, alpha, limit, beta)
+    got = kernels.swiglu_oai(gate, up, alpha, limit, beta)
     assert_same_gradients(got, swiglu_oai(gate, up, alpha, limit, beta), [gate, up], 1e-12)
 
 
@@ -214,7 +214,7 @@ def test_parts_compute_in_fp32_inside(dtype: torch.dtype, autocast: bool) -> Non
         exact = x.double() * torch.rsqrt(x.double().square().mean(-1, keepdim=True) + 1e-6)
         close(got.double(), exact.sum((0, 1)), 1e-5)
         assert_same_gradients(apply_rotary(x, table), plain_rotary(x, table), [x], tolerance)
-        got = SwigluOAI.apply(x, up, 1.702, 7.0, 1.0)
+        got = kernels.swiglu_oai(x, up, 1.702, 7.0, 1.0)
         assert_same_gradients(got, swiglu_oai(x, up, 1.702, 7.0), [x, up], tolerance)
 
 
@@ -224,7 +224,7 @@ def test_parts_may_be_used_twice_and_computed_again() -> None:
     table = rotary_table(torch.arange(6), 4, 100.0)
 
     def both(x: Tensor) -> Tensor:
-        return apply_rotary(norm(x), table) * norm(norm(x) + SwigluOAI.apply(x, norm(x), 1.702, 7.0, 1.0))
+        return apply_rotary(norm(x), table) * norm(norm(x) + kernels.swiglu_oai(x, norm(x), 1.702, 7.0, 1.0))
 
     plain = torch.autograd.grad(both(x).square().sum(), [x, norm.weight])
     again = torch.autograd.grad(checkpoint(both, x, use_reentrant=False).square().sum(), [x, norm.weight])

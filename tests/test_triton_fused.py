@@ -16,8 +16,14 @@ def turns(tokens: int, rotary: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("heads", "dim", "rotary", "weights"), [(3, 24, 8, 1), (9, 16, 16, 2), (1, 20, 6, 0)])
-def test_norm_rope_store_equals_reference(heads: int, dim: int, rotary: int, weights: int) -> None:
+def test_norm_rope_store_equals_reference(
+    heads: int, dim: int, rotary: int, weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Value, gradient and what the pages hold; pages shuffled, the rest of them untouched."""
+    from minim3.kernels.triton import rotation
+
+    monkeypatch.setattr(rotation, "_GRADIENT_NUMBERS", 64)
+    monkeypatch.setattr(rotation, "_GRADIENT_PROGRAMS", 2)  # each takes several groups of rows
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(7, heads, dim, generator=generator)
     weight = [None, torch.randn(dim, generator=generator), torch.randn(heads, dim, generator=generator)][weights]
@@ -167,7 +173,52 @@ def test_grouped_experts_without_tokens() -> None:
         kernels.grouped_experts(x, w13.half(), w2, ids, weights, alpha=1.0, limit=0.0, implementation="triton")
 
 
-def test_sum_with_norm_and_activation() -> None:
+@pytest.mark.parametrize("shape", [(7,), (5, 37), (2, 3, 16), (0, 8)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rms_norm_equals_reference(shape: tuple, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Value and gradient, of the scale too, whose sum over rows has one order."""
+    from minim3.kernels.triton import norm
+
+    monkeypatch.setattr(norm, "_NUMBERS", 64)
+    monkeypatch.setattr(norm, "_PROGRAMS", 2)
+    generator = torch.Generator().manual_seed(0)
+    x, scale = torch.randn(shape, generator=generator).to(dtype), torch.rand(shape[-1], generator=generator) + 0.5
+    weight = torch.randn(shape, generator=generator)
+    results = []
+    for implementation in ("reference", "triton", "triton"):
+        leaves = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
+        out = kernels.rms_norm(*leaves, eps=1e-5, implementation=implementation)
+        (out.float() * weight).sum().backward()
+        results.append([out.detach(), *(leaf.grad for leaf in leaves)])
+    for want, got, again in zip(*results):
+        if want.numel():
+            close(got, want, 1e-5 if dtype == torch.float32 else 2e-3)
+        assert got.shape == want.shape
+        assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.7])
+@pytest.mark.parametrize("shape", [(9,), (5, 37), (2, 3, 16), (0, 8)])
+def test_swiglu_equals_reference(shape: tuple, limit: float) -> None:
+    """Value and gradient, also beyond the limit, where there is none; halves of a product as they lie."""
+    both = torch.randn(*shape[:-1], 2 * shape[-1], generator=torch.Generator().manual_seed(0))
+    weight = torch.linspace(1, 2, both.numel() // 2).view(shape)
+    results = []
+    for implementation in ("reference", "triton"):
+        leaf = both.clone().requires_grad_()
+        gate, up = leaf.chunk(2, dim=-1)
+        out = kernels.swiglu_oai(gate, up, 1.702, limit, 0.5, implementation=implementation)
+        (out * weight).sum().backward()
+        with torch.no_grad():
+            quick = kernels.swiglu_oai(gate, up, 1.702, limit, 0.5, implementation=implementation)
+        results.append([out.detach(), quick, leaf.grad])
+    for want, got in zip(*results):
+        if want.numel():
+            close(got, want)
+        assert got.shape == want.shape
+
+
+def test_sum_with_norm() -> None:
     from minim3.kernels.triton import fused
 
     generator = torch.Generator().manual_seed(0)
@@ -183,7 +234,3 @@ def test_sum_with_norm_and_activation() -> None:
     more = torch.randn(3, 5, 37, generator=generator).half()
     _, total = fused.add_norm(x.half(), residual.half(), weight, eps=1e-5, more=more)
     assert torch.equal(total, x.half() + more + residual.half())  # rounded after each sum, as the modules round
-    for limit in (0.0, 0.8):
-        gate, up = torch.randn(2, 6, 23, generator=generator)
-        got = fused.swiglu_oai(torch.cat([gate, up], -1), 1.702, limit)
-        close(got, reference.swiglu_oai(gate, up, 1.702, limit))

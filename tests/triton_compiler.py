@@ -26,10 +26,12 @@ from minim3.kernels.triton import (
     experts,
     fused,
     layout,
+    norm,
     prefill,
     rotation,
     routing,
     select,
+    swiglu,
 )
 
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
@@ -147,7 +149,12 @@ def launch_all(dtype: torch.dtype, eight_bits: bool) -> None:
     for count, bias in ((128, torch.empty(128)), (16, None)):
         routing.route(torch.empty(8, count), bias, top_k=4, scoring_func="sigmoid", factor=2.0)
         routing.sort_by_expert(torch.zeros(64, 4, dtype=torch.int64), count)
-    fused.swiglu_oai(torch.empty(8, 6144, dtype=dtype), 1.7, 7.0)
+    for leaf in (hidden, hidden.clone().requires_grad_()):
+        gate_up = swiglu.swiglu_oai(*leaf.chunk(2, dim=-1), 1.7, 7.0)
+        turned = rotation.norm_rope_store(leaf.view(8, -1, DIM), scale[:DIM], torch.empty(8, 64), eps=1e-6)
+        normed = norm.rms_norm(leaf, scale, eps=1e-6)
+        if leaf.requires_grad:
+            (gate_up.sum() + turned.sum() + normed.sum()).backward()
 
 
 if __name__ == "__main__":

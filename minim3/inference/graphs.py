@@ -3,14 +3,15 @@
 A graph runs what was recorded, on the same memory: the inputs of a step are written into buffers, and its outputs lie
 in buffers. Shapes are fixed too, so there is a graph for each bucket of requests and of pages a request, recorded when
 it is first needed. What a bucket has too many is padding: requests of no tokens, whose new token is not stored, and
-which read nothing.
+which read nothing: their queries stand before position 0.
 
 A graph holds the addresses of weights and pages: all are dropped when the model changes or the cache grows.
 
-Shape legend: N requests of a bucket, E new tokens of each, W pages of each, T = N * E, V vocabulary.
+Shape legend: N requests of a bucket, E new tokens of each, W pages of each, T = N * E, H hidden size.
 """
 
 import logging
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -22,7 +23,7 @@ from minim3.inference.cache import PagedCache
 from minim3.inference.page_table import PageTable
 from minim3.inference.request import Request
 from minim3.kernels import DevicePlan
-from minim3.model.decoding import Watch
+from minim3.model.batch import LayerPages
 from minim3.model.fused import FusedModel, Step
 
 if TYPE_CHECKING:
@@ -38,10 +39,13 @@ _KEPT_GRAPHS = 64
 
 
 class Recorder(Protocol):
-    """Records what `run` does. Returns what does it again, and where its outputs lie each time."""
+    """Records what `run` does, and what memory it does it in."""
 
-    def __call__(self, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
-        """`run` may be called once or twice, and does the same each time."""
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What does it again, and where its output lies each time. `run` may be called more than once."""
+
+    def forget(self) -> None:
+        """All that was recorded is gone."""
 
 
 class CudaRecorder:
@@ -49,30 +53,37 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        # One for all: libraries keep memory for every stream they have seen.
+        self._stream = torch.cuda.Stream(device)
         self._pool: Any = None
 
-    def __call__(self, run: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Callable[[], None], tuple[Tensor, Tensor]]:
+    def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         with torch.cuda.device(self._device):
-            beside = torch.cuda.Stream()
-            beside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(beside):
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
                 run()  # compiles kernels and lets libraries take their memory, neither of which may be recorded
-            torch.cuda.current_stream().wait_stream(beside)
+            torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                outputs = run()
+            # What other threads do meanwhile is theirs.
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                output = run()
             self._pool = graph.pool()
-        return graph.replay, outputs
+        return graph.replay, output
+
+    def forget(self) -> None:
+        self._pool = None  # it went with the last graph
 
 
 class _Graph(NamedTuple):
-    """numbers: int64 `[3 T + N]`: ids, positions and slots of the new tokens, and the lengths of the requests."""
+    """numbers: int64 `[3 T + N]`: ids, positions and slots of the new tokens, and the lengths of the requests.
+
+    Whatever `replay` reads and did not make itself is held here, by the model, or by the cache.
+    """
 
     numbers: Tensor
     table: PageTable
     replay: Callable[[], None]
     hidden_TH: Tensor
-    logits_TV: Tensor
 
 
 class StepGraphs:
@@ -91,15 +102,15 @@ class StepGraphs:
         self._record, self._after = record, after
         self._graphs: OrderedDict[tuple[int, int, int], _Graph] = OrderedDict()
         self._wanted: Counter[tuple[int, int, int]] = Counter()
-        self._layers = list(cache.layers)
-        self._head = Watch(model.get_output_embeddings())
+        self._layers: list[weakref.ref[LayerPages]] = []  # which a cache that grows is to let go
+        self._no_memory = False
         self.num_recorded = 0
 
     def run(
         self, requests: Sequence[Request], ids: Sequence[int], positions: Sequence[int], slots: Sequence[int],
         lengths_q: Sequence[int], lengths_k: Sequence[int],
-    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        """New tokens of each request: hidden states `[T, H]` and logits `[T, V]`, which the next step overwrites.
+    ) -> Tensor | None:  # fmt: skip
+        """New tokens of each request: hidden states `[T, H]`, which the next step overwrites.
 
         None where no graph is made: for different numbers of new tokens, for more than graphs hold, for the first steps
         of a bucket, and for a changed model.
@@ -112,7 +123,7 @@ class StepGraphs:
         graph = self._graphs.get(key)
         if graph is None:
             self._wanted[key] += 1
-            if self._wanted[key] < self._after:
+            if self._wanted[key] < self._after or self._no_memory:
                 return None
         numbers = torch.zeros(rows * (3 * each + 1), dtype=torch.int64)
         per_token, per_request = _fields(numbers, rows)
@@ -121,43 +132,52 @@ class StepGraphs:
         per_request[:count] = torch.tensor(lengths_k)
         if graph is None:
             graph = self._make(key, numbers, requests)
+            if graph is None:
+                return None
         else:
             graph.numbers.copy_(numbers)
             graph.table.rows(requests)
             self._graphs.move_to_end(key)
         graph.replay()
-        return graph.hidden_TH[: len(ids)], graph.logits_TV[: len(ids)]
+        return graph.hidden_TH[: len(ids)]
 
-    def _make(self, key: tuple[int, int, int], numbers: Tensor, requests: Sequence[Request]) -> _Graph:
+    def _make(self, key: tuple[int, int, int], numbers: Tensor, requests: Sequence[Request]) -> _Graph | None:
         rows, each, width = key
         device, page_size = self.cache.device, self.cache.page_size
         with torch.inference_mode(False):  # written to in and outside of inference mode
             held = numbers.to(device, copy=True)
-            starts = torch.arange(0, rows * each + 1, each, dtype=torch.int32, device=device)
         table = PageTable(device, shape=(rows, width))
         page_table = table.rows(requests)
         (ids, positions, slots), lengths = _fields(held, rows)
 
-        def run() -> tuple[Tensor, Tensor]:
+        def run() -> Tensor:
+            starts = torch.arange(0, rows * each + 1, each, dtype=torch.int32, device=device)
             plan = DevicePlan(page_table, lengths, starts, page_size)
             step = Step(positions, slots, self.cache.layers, page_table, lengths, starts, plan, width * page_size)
-            hidden = self.decoder.run(self.model.embed_tokens_packed(ids), step)
-            return hidden, self.model.compute_logits(hidden)
+            return self.decoder.run(self.model.embed_tokens_packed(ids), step)
 
-        replay, (hidden, logits) = self._record(run)
+        try:
+            replay, hidden = self._record(run)
+        except torch.OutOfMemoryError:
+            logger.warning("no more steps are recorded as CUDA graphs: the GPU has no memory left for them")
+            self._no_memory = True
+            return None
         logger.info("recorded a step of %d x %d tokens over %d pages each", rows, each, width)
         self.num_recorded += 1
-        graph = self._graphs[key] = _Graph(held, table, replay, hidden, logits)
+        graph = self._graphs[key] = _Graph(held, table, replay, hidden)
         while len(self._graphs) > _KEPT_GRAPHS:
             self._graphs.popitem(last=False)
         return graph
 
     def _current(self) -> bool:
         """False for a changed model; what was recorded with other weights or pages is dropped."""
-        current = self.decoder.unchanged() and self._head.unchanged()
-        if not current or any(a is not b for a, b in zip(self.cache.layers, self._layers, strict=True)):
-            self._graphs.clear()
-            self._layers = list(self.cache.layers)
+        current, layers = self.decoder.unchanged(), self.cache.layers
+        same = [known() for known in self._layers]
+        if not current or len(same) != len(layers) or any(a is not b for a, b in zip(same, layers, strict=True)):
+            if self._graphs:
+                self._graphs.clear()
+                self._record.forget()
+            self._layers = [weakref.ref(layer) for layer in layers]
         return current
 
     def _width(self, num_pages: int) -> int:

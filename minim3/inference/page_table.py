@@ -41,13 +41,13 @@ class PageTable:
 
     def _rebuild(self, requests: Sequence[Request], width: int) -> None:
         width = width + max(8, width // 4) if self.shape is None else self.shape[1]  # room to grow without another
-        lines = [request.pages + [0] * (width - len(request.pages)) for request in requests]
-        if self.shape is None:
-            with torch.inference_mode(False):
-                self._table = torch.tensor(lines, dtype=torch.int64, device=self.device)
-        else:
-            assert len(lines) <= self.shape[0]
-            lines += [[0] * width] * (self.shape[0] - len(lines))
-            self._table.copy_(torch.tensor(lines, dtype=torch.int64))
+        with torch.inference_mode(False):
+            table = torch.zeros(self.shape or (len(requests), width), dtype=torch.int64)
+            for row, request in zip(table, requests, strict=self.shape is None):
+                row[: len(request.pages)] = torch.tensor(request.pages, dtype=torch.int64)
+            if self.shape is None:
+                self._table = table.to(self.device)
+            else:
+                self._table.copy_(table)
         self._page_lists = [request.pages for request in requests]
         self._counts = [len(request.pages) for request in requests]

@@ -105,9 +105,9 @@ class Runner:
             return self.batch(requests, positions_T, lengths_q, lengths_k, slots_T)
 
         if self.graphs is not None and len(rows) == len(token_ids) and not any(map(_takes_features, plan)):
-            found = self.graphs.run(requests, token_ids, positions, slots, lengths_q, lengths_k)
-            if found is not None:
-                return StepOutput(*found, make_batch)
+            hidden_TH = self.graphs.run(requests, token_ids, positions, slots, lengths_q, lengths_k)
+            if hidden_TH is not None:
+                return StepOutput(hidden_TH, self.head(hidden_TH), make_batch)
         batch = make_batch()
         embeds_TH = self._embed(torch.tensor(token_ids, device=self.device), plan)
         hidden_TH = None if self.decoding is None else self.decoding.forward_packed(embeds_TH, batch)

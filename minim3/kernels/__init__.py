@@ -41,8 +41,10 @@ __all__ = [
     "norm_rope_store",
     "paged_attention",
     "resolve",
+    "rms_norm",
     "select_blocks",
     "select_blocks_paged",
+    "swiglu_oai",
     "varlen_attention",
 ]
 
@@ -315,3 +317,15 @@ def norm_rope_store(
 ) -> Tensor:  # fmt: skip
     """Norm each head of `x` `[T, H, D]`, rotate it by `freqs_cis` `[T, R]`, and write it to `pages` at `slots`."""
     return _function(implementation, "norm_rope_store", x)(x, weight, freqs_cis, eps=eps, pages=pages, slots=slots)
+
+
+def rms_norm(x: Tensor, scale: Tensor, *, eps: float, implementation: str | None = None) -> Tensor:
+    """`x / rms(x) * scale` over the last dimension: `[..., D]`, `[D]` -> `[..., D]`."""
+    return _function(implementation, "rms_norm", x)(x, scale, eps=eps)
+
+
+def swiglu_oai(
+    gate: Tensor, up: Tensor, alpha: float, limit: float, beta: float = 1.0, *, implementation: str | None = None
+) -> Tensor:
+    """`g * sigmoid(alpha * g) * (u + beta)` of clamped gate and up, of any one shape."""
+    return _function(implementation, "swiglu_oai", gate)(gate, up, alpha, limit, beta)

@@ -19,8 +19,10 @@ TRITON_OPS = (
     "indexer_kl",
     "norm_rope_store",
     "paged_attention",
+    "rms_norm",
     "select_blocks",
     "select_blocks_paged",
+    "swiglu_oai",
     "varlen_attention",
 )  # fmt: skip
 """Ops that have Triton kernels."""
@@ -85,8 +87,8 @@ def _why_no_cuda() -> str | None:
     return None if major >= 8 else f"the device has compute capability {major}.{minor}, they need 8.0"
 
 
-def _why_not_cache(dtype: torch.dtype, device_type: str) -> str | None:
-    """Why pages of another dtype than the queries' cannot be read, or None."""
+def why_not_cache(dtype: torch.dtype, device_type: str) -> str | None:
+    """Why pages of another dtype than the queries' cannot be read or written, or None."""
     if dtype != torch.float8_e4m3fn:
         return f"a cache is in the dtype of the queries or in float8_e4m3fn, not in {dtype}"
     if device_type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
@@ -100,7 +102,7 @@ def why_not_attention(
     """Why attention of these shapes has no Triton kernel, or None; `block_size` None: dense."""
     group = q.shape[1] // k.shape[1]
     if paged and k.dtype == v.dtype != q.dtype:
-        reason = _why_not_cache(k.dtype, q.device.type)
+        reason = why_not_cache(k.dtype, q.device.type)
         if reason is not None:
             return reason
     elif not q.dtype == k.dtype == v.dtype:
@@ -115,7 +117,7 @@ def why_not_selection(
 ) -> str | None:
     """Why a selection of these shapes has no Triton kernel, or None."""
     if paged and index_q.dtype != index_k.dtype:
-        reason = _why_not_cache(index_k.dtype, index_q.device.type)
+        reason = why_not_cache(index_k.dtype, index_q.device.type)
         if reason is not None:
             return reason
     elif index_q.dtype != index_k.dtype:

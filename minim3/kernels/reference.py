@@ -278,6 +278,15 @@ def indexer_kl(
 # Norm, rotation, store
 
 
+def rms_norm(x: Tensor, scale: Tensor, *, eps: float) -> Tensor:
+    """`x / rms(x) * scale` over the last dimension: `[..., D]`, `[D]` -> `[..., D]` in the dtype of `x`.
+
+    At least fp32 inside; rms is the root of the mean of squares plus `eps` (Zhang and Sennrich, arXiv 1910.07467).
+    """
+    wide = x.to(at_least_fp32(x.dtype))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * scale).to(x.dtype)
+
+
 def norm_rope_store(
     x: Tensor, weight: Tensor | None, freqs_cis: Tensor, *, eps: float, pages: Tensor | None = None,
     slots: Tensor | None = None,

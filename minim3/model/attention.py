@@ -21,6 +21,7 @@ from minim3.model.layers import (
     RotaryFactors,
     apply_rotary,
     at_least_fp32,
+    norm_rotate,
     pack_linears,
 )
 from minim3.model.padding import run_packed
@@ -49,8 +50,8 @@ class MiniMaxM3Indexer(nn.Module):
         self.score_type: str = sparse_cfg.get("sparse_score_type", config.index_score_type)
         self.index_q_proj = nn.Linear(config.hidden_size, self.num_index_heads * self.index_head_dim, bias=False)
         self.index_k_proj = nn.Linear(config.hidden_size, self.index_head_dim, bias=False)
-        self.index_q_norm = MiniMaxM3RMSNorm(self.index_head_dim, config.rms_norm_eps)
-        self.index_k_norm = MiniMaxM3RMSNorm(self.index_head_dim, config.rms_norm_eps)
+        self.index_q_norm = MiniMaxM3RMSNorm(self.index_head_dim, config.rms_norm_eps, backend=backend)
+        self.index_k_norm = MiniMaxM3RMSNorm(self.index_head_dim, config.rms_norm_eps, backend=backend)
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class MiniMaxM3Indexer(nn.Module):
         """`x` `[..., H]` -> index queries `[..., Hi, Di]` and the one index key `[..., 1, Di]`, normed and rotated."""
         index_q = self.index_q_proj(x).unflatten(-1, (self.num_index_heads, self.index_head_dim))
         index_k = self.index_k_proj(x).unflatten(-1, (1, self.index_head_dim))
-        return apply_rotary(self.index_q_norm(index_q), freqs_cis), apply_rotary(self.index_k_norm(index_k), freqs_cis)
+        return norm_rotate(index_q, self.index_q_norm, freqs_cis), norm_rotate(index_k, self.index_k_norm, freqs_cis)
 
     def forward(self, x: Tensor, *, freqs_cis: Tensor, num_q_heads: int) -> Tensor:
         """The choice as a bias, 0 where a query attends, -inf elsewhere: `x` `[B, S, H]` -> `[B, num_q_heads, S, S]`.
@@ -105,8 +106,8 @@ class MiniMaxM3Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, self.num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
         if self.use_qk_norm:
-            self.q_norm = MiniMaxM3RMSNorm(self.head_dim, config.rms_norm_eps)
-            self.k_norm = MiniMaxM3RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.q_norm = MiniMaxM3RMSNorm(self.head_dim, config.rms_norm_eps, backend=backend)
+            self.k_norm = MiniMaxM3RMSNorm(self.head_dim, config.rms_norm_eps, backend=backend)
         self.indexer = MiniMaxM3Indexer(config, None, backend) if is_sparse_attention_layer else None
         self._packed: PackedProjection | None = None
 
@@ -234,7 +235,7 @@ class MiniMaxM3Attention(nn.Module):
         k = self.k_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         v = self.v_proj(x).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if self.use_qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            return norm_rotate(q, self.q_norm, freqs_cis), norm_rotate(k, self.k_norm, freqs_cis), v
         return apply_rotary(q, freqs_cis), apply_rotary(k, freqs_cis), v
 
     def _project(

@@ -33,9 +33,9 @@ class Block(nn.Module):
         self.layer_idx = layer_idx
         self.cache_index = layer_idx if cache_index is None else cache_index
         self.is_moe_layer = config.is_moe_layer(layer_idx)
-        self.input_layernorm = MiniMaxM3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = MiniMaxM3RMSNorm(config.hidden_size, config.rms_norm_eps, backend=backend)
         self.self_attn = MiniMaxM3Attention(config, backend, config.is_sparse_attention_layer(layer_idx))
-        self.post_attention_layernorm = MiniMaxM3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = MiniMaxM3RMSNorm(config.hidden_size, config.rms_norm_eps, backend=backend)
         if self.is_moe_layer:
             self.block_sparse_moe = MiniMaxM3MoE(config, moe_config, backend)
         else:
@@ -88,7 +88,7 @@ class MiniMaxM3TextModel(nn.Module):
         self.layers = nn.ModuleList(
             [Block(index, config, moe_config, backend) for index in range(config.num_hidden_layers)]
         )
-        self.norm = MiniMaxM3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = MiniMaxM3RMSNorm(config.hidden_size, config.rms_norm_eps, backend=backend)
         self.mtp = MiniMaxM3MTP(config, moe_config, backend, config.num_mtp_modules) if config.num_mtp_modules else None
 
     def make_freqs_cis(self, position_ids: Tensor) -> Tensor:

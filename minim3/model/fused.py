@@ -7,12 +7,12 @@ hold it (`minim3.inference.graphs`). What has no form here (an adapter, a hook, 
 Shape legend: T new tokens of N sequences, H hidden size.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from minim3 import kernels
 from minim3.config import MiniMaxM3VLTextConfig
@@ -22,11 +22,17 @@ from minim3.model.attention import MiniMaxM3Attention
 from minim3.model.batch import ForwardBatch, LayerPages
 from minim3.model.decoder import Block, MiniMaxM3TextModel
 from minim3.model.decoding import Watch
-from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, rotary_table
+from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, PackedLinears, rotary_table
 from minim3.model.moe import MiniMaxM3Experts, MiniMaxM3MoE
 from minim3.model.mtp import MiniMaxM3MTPBlock
+from minim3.model.native_matrices import NoForm
 
-_OPS = "norm_rope_store", "select_blocks_paged", "paged_attention", "block_sparse_attention_paged", "grouped_experts"
+logger = logging.getLogger(__name__)
+
+_OPS = (
+    "norm_rope_store", "select_blocks_paged", "paged_attention", "block_sparse_attention_paged", "grouped_experts",
+    "swiglu_oai",
+)  # fmt: skip
 
 
 class Step(NamedTuple):
@@ -58,24 +64,33 @@ class FusedModel:
     """A text model, or a MTP module (`draft_module`), packed for inference. Made by `of`."""
 
     def __init__(
-        self, model: nn.Module, config: MiniMaxM3VLTextConfig, layers: "Sequence[_Layer]", norm: MiniMaxM3RMSNorm,
+        self, model: nn.Module, config: MiniMaxM3VLTextConfig, blocks: Sequence[nn.Module], norm: nn.Module,
         joint: MiniMaxM3MTPBlock | None = None,
     ) -> None:  # fmt: skip
-        self._config, self._layers, self._norm, self._joint = config, layers, norm, joint
-        self._watch = Watch(model)
+        with torch.inference_mode(False), torch.no_grad():
+            self._layers = [_Layer(block) for block in blocks]
+        self._config, self._norm, self._joint = config, _known(norm), joint
+        if joint is not None:
+            _known(joint.enorm), _known(joint.hnorm)
+        self._device = self._norm.weight.device
+        self._watch, self._told = Watch(model), False
 
     @classmethod
     def of(cls, model: MiniMaxM3TextModel) -> "FusedModel | None":
         """The model in this form; None where Triton does not run it, or where it holds a module not known here."""
-        layers = _layers(list(model.layers)) if type(model) is MiniMaxM3TextModel and _known([model.norm]) else None
-        return None if layers is None else cls(model, model.config, layers, model.norm)
+        return cls._made(model, model.config, list(model.layers), model.norm)
 
     def draft_module(self, module: MiniMaxM3MTPBlock, config: MiniMaxM3VLTextConfig) -> "FusedModel | None":
         """A MTP module of this model in this form; None where it has none."""
-        if type(module) is not MiniMaxM3MTPBlock or not _known([module.enorm, module.hnorm, module.final_layernorm]):
+        return self._made(module, config, [module.transformer_layer], module.final_layernorm, module)
+
+    @classmethod
+    def _made(cls, *parts: Any) -> "FusedModel | None":
+        try:
+            return cls(*parts)
+        except NoForm as reason:
+            logger.info("inference runs the modules, not passes fused in Triton: %s", reason)
             return None
-        layers = _layers([module.transformer_layer])
-        return None if layers is None else FusedModel(module, config, layers, module.final_layernorm, module)
 
     def why_no_graph(self, pages: Sequence[LayerPages]) -> str | None:
         """Why a CUDA graph cannot hold a step over these pages, or None: what runs must not ask the device."""
@@ -83,18 +98,30 @@ class FusedModel:
 
     def unchanged(self) -> bool:
         """Whether the model is the one that was prepared: no weight moved, no module or hook added."""
-        return self._watch.unchanged()
+        unchanged = self._watch.unchanged()
+        if not unchanged and not self._told:
+            logger.info("inference runs the modules: the model has changed since it was prepared")
+        self._told = not unchanged
+        return unchanged
 
     def forward_packed(
         self, inputs_embeds: Tensor, batch: ForwardBatch, hidden: Tensor | None = None
     ) -> Tensor | None:
         """As `MiniMaxM3TextModel.forward_packed`, or with `hidden` as a MTP module, both `[T, H]`.
 
-        None without pages, where gradients are wanted, and for a changed model.
+        None without pages, where gradients or autocast are wanted, for pages no kernel takes, and for a changed model.
         """
-        if batch.pages is None or torch.is_grad_enabled() or not self.unchanged():
+        if batch.pages is None or torch.is_grad_enabled() or torch.is_autocast_enabled(self._device.type):
             return None
-        return self.run(inputs_embeds, Step.of(batch), hidden)
+        stored = batch.pages.layers[self._layers[0].cache_index].k.dtype
+        if stored != inputs_embeds.dtype and availability.why_not_cache(stored, self._device.type) is not None:
+            return None
+        if not self.unchanged():
+            return None
+        if self._device.type != "cuda":
+            return self.run(inputs_embeds, Step.of(batch), hidden)
+        with torch.cuda.device(self._device):  # Triton launches on the current one
+            return self.run(inputs_embeds, Step.of(batch), hidden)
 
     def run(self, inputs_embeds: Tensor, step: Step, hidden: Tensor | None = None) -> Tensor:
         """`[T, H]` -> `[T, H]`, after the final norm."""
@@ -121,59 +148,57 @@ def _add_norm(
     return add_norm(x, residual, norm.weight, eps=norm.eps, more=more)
 
 
-def _known(norms: Sequence[nn.Module]) -> bool:
-    return all(type(norm) is MiniMaxM3RMSNorm and norm.gemma for norm in norms)
-
-
-def _layers(blocks: Sequence[nn.Module]) -> "list[_Layer] | None":
-    layers = []
-    with torch.inference_mode(False), torch.no_grad():
-        for block in blocks:
-            if type(block) is not Block or not _runs(block):
-                return None
-            layers.append(_Layer(block))
-    return layers
-
-
-def _runs(block: Block) -> bool:
-    attention, weight = block.self_attn, block.input_layernorm.weight
-    if type(attention) is not MiniMaxM3Attention or not _known([block.input_layernorm, block.post_attention_layernorm]):
-        return False
-    run = [kernels.resolve(attention.backend, op, weight.device, weight.dtype) for op in _OPS]
-    if set(run) != {"triton"} or attention._packed is None or not attention._packed.is_current(attention):
-        return False
-    mlp = block._modules.get("mlp")
-    if block.is_moe_layer:
-        moe = block.block_sparse_moe
-        mlp = moe.shared_experts
-        if type(moe) is not MiniMaxM3MoE or moe.gate.weight.dtype != torch.float32:
-            return False
-    return mlp is None or (type(mlp) is MiniMaxM3MLP and mlp._packed is not None)
+def _known(norm: nn.Module) -> MiniMaxM3RMSNorm:
+    if type(norm) is not MiniMaxM3RMSNorm or not norm.gemma:
+        raise NoForm("a norm is not centred on 0")
+    return norm
 
 
 class _Layer:
-    def __init__(self, block: Block) -> None:
+    """A block of modules known here, packed; raises NoForm for another."""
+
+    def __init__(self, block: nn.Module) -> None:
+        if type(block) is not Block or type(block.self_attn) is not MiniMaxM3Attention:
+            raise NoForm("a block is of another class")
+        self.before_attention, self.before_mlp = _known(block.input_layernorm), _known(block.post_attention_layernorm)
         attention, indexer = block.self_attn, block.self_attn.indexer
+        weight = self.before_mlp.weight
+        if attention.backend not in (None, "triton"):
+            raise NoForm(f"attention is to run {attention.backend}")
+        for op in _OPS:
+            choice = kernels.choose(attention.backend, op, weight.device, weight.dtype)
+            if choice.name != "triton":
+                raise NoForm(f"{op} runs {choice.name}: {choice.reason}")
         packed: Any = attention._packed
-        self.cache_index = block.cache_index
-        self.attention = attention
-        self.before_attention, self.before_mlp = block.input_layernorm, block.post_attention_layernorm
-        self.project = packed.linears
-        self.dim = attention.head_dim
+        if packed is None or not packed.is_current(attention):
+            raise NoForm("the projections of a layer are not packed")
+        self.cache_index, self.attention = block.cache_index, attention
+        self.project, self.dim = packed.linears, attention.head_dim
         self.heads = attention.num_heads, attention.num_kv_heads, 0 if indexer is None else indexer.num_index_heads
         norms = [attention.q_norm, attention.k_norm]
         norms += [] if indexer is None else [indexer.index_q_norm, indexer.index_k_norm]
-        rows = [norm.weight.expand(count, -1) for norm, count in zip(norms, packed.heads, strict=True)]
+        rows = [_known(norm).weight.expand(count, -1) for norm, count in zip(norms, packed.heads, strict=True)]
         self.head_weight, self.head_eps = torch.cat(rows), attention.q_norm.eps
         self.selection: dict[str, Any] | None = None if indexer is None else indexer.selection
         self.moe: MiniMaxM3MoE | None = block.block_sparse_moe if block.is_moe_layer else None
+        if self.moe is not None and type(self.moe) is not MiniMaxM3MoE:
+            raise NoForm(f"the experts of a layer are a {type(self.moe).__name__}")
         self.shared: MiniMaxM3MLP | None = block.mlp if self.moe is None else self.moe.shared_experts
+        self.gate_up: Any = None
+        if self.shared is not None:
+            if type(self.shared) is not MiniMaxM3MLP or self.shared._packed is None:
+                raise NoForm("a gated MLP is not packed")
+            self.gate_up = self.shared._packed
 
     def why_no_graph(self, pages: LayerPages) -> str | None:
-        if self.moe is not None and type(self.moe.experts) is not MiniMaxM3Experts:
-            return f"{type(self.moe.experts).__name__} ask which experts were chosen"
-        weight = self.attention.o_proj.weight
-        q = torch.empty(1, self.heads[0], self.dim, dtype=self.before_mlp.weight.dtype, device=weight.device)
+        products = [self.project, self.attention.o_proj]
+        products += [] if self.shared is None else [self.gate_up, self.shared.down_proj]
+        products += [] if self.moe is None else [self.moe.experts]
+        for product in products:
+            if type(product) not in (PackedLinears, nn.Linear, MiniMaxM3Experts):
+                return f"{type(product).__name__} may ask the device"
+        weight = self.before_mlp.weight
+        q = torch.empty(1, self.heads[0], self.dim, dtype=weight.dtype, device=weight.device)
         reason = availability.why_not_attention(q, pages.k, pages.v, None, 1, None, paged=True)
         if self.selection is None or reason is not None:
             return reason
@@ -217,19 +242,19 @@ class _Layer:
 
     def mlp(self, normed: Tensor) -> tuple[Tensor, Tensor | None]:
         """Normed `[T, H]` -> what is added to the hidden states, in two parts or one."""
-        from minim3.kernels.triton.fused import swiglu_oai
         from minim3.kernels.triton.routing import route
 
         shared, moe = None, self.moe
         if self.shared is not None:
             mlp = self.shared
-            assert mlp._packed is not None
-            shared = mlp.down_proj(swiglu_oai(mlp._packed(normed), mlp.alpha, mlp.limit, mlp.beta))
+            gate, up = self.gate_up(normed).chunk(2, dim=-1)
+            act = kernels.swiglu_oai(gate, up, mlp.alpha, mlp.limit, mlp.beta, implementation=mlp.backend)
+            shared = mlp.down_proj(act)
         if moe is None:
             assert shared is not None
             return shared, None
         expert_ids, weights = route(
-            F.linear(normed.float(), moe.gate.weight), moe.e_score_correction_bias, top_k=moe.num_experts_per_tok,
+            moe.gate(normed), moe.e_score_correction_bias, top_k=moe.num_experts_per_tok,
             scoring_func=moe.scoring_func, factor=moe.routed_scaling_factor,
         )  # fmt: skip
         return moe.experts(normed, expert_ids, weights), shared

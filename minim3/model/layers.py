@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from minim3 import kernels
 from minim3.config import MiniMaxM3VLTextConfig
-from minim3.kernels.portable.experts import SwigluOAI, swiglu_oai_
+from minim3.kernels.portable.swiglu import swiglu_oai_
 from minim3.kernels.reference import swiglu_oai
 
 __all__ = [
     "MiniMaxM3MLP", "MiniMaxM3RMSNorm", "PackedLinears", "PackedScale", "RotaryFactors", "apply_rotary",
-    "at_least_fp32", "pack_linears", "rotary_table", "swiglu_oai",
+    "at_least_fp32", "norm_rotate", "pack_linears", "rotary_table", "swiglu_oai",
 ]  # fmt: skip
 
 
@@ -97,42 +98,16 @@ class PackedScale:
         return (x * (x * x).sum(-1, keepdim=True).add_(self.sum_eps).rsqrt_()).mul_(self.scale)
 
 
-class _Normalize(torch.autograd.Function):
-    """`x / rms(x) * scale` over the last dimension, in few passes over memory: those are all that it costs."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-        wide = at_least_fp32(x)
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, scale, inverse)
-        return (wide * inverse).mul_(scale).to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, scale, inverse = ctx.saved_tensors
-        normed, grad = at_least_fp32(x) * inverse, at_least_fp32(grad)
-        product = grad * normed
-        grad_scale = product.view(-1, x.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, grad_scale, None
-        with torch.autocast(x.device.type, enabled=False):  # the product is to stay in fp32
-            along = (product @ scale).unsqueeze(-1).div_(-x.shape[-1])
-        # What points along x itself drops out, since the norm takes it away.
-        grad_x = torch.mul(grad, scale, out=product).addcmul_(normed, along).mul_(inverse)
-        return grad_x.to(x.dtype), grad_scale, None
-
-
 class MiniMaxM3RMSNorm(nn.Module):
     """`x / rms(x) * (1 + weight)`, in fp32 inside and in the dtype of `x` outside.
 
     The weight is centred on 0, as in Gemma; `gemma=False` makes it a plain scale centred on 1.
     """
 
-    def __init__(self, dim: int, eps: float = 1e-6, gemma: bool = True) -> None:
+    def __init__(self, dim: int, eps: float = 1e-6, gemma: bool = True, backend: str | None = None) -> None:
         super().__init__()
         self.eps = eps
+        self.backend = backend
         self.gemma = gemma
         self.weight = nn.Parameter(torch.empty(dim))
         self._packed: PackedScale | None = None
@@ -154,7 +129,7 @@ class MiniMaxM3RMSNorm(nn.Module):
         if packed is not None and not torch.is_grad_enabled() and packed.holds([self]):
             normed = packed(at_least_fp32(x)).to(x.dtype)
         else:
-            normed = _Normalize.apply(x, self.scale(), self.eps)
+            normed = kernels.rms_norm(x, self.scale(), eps=self.eps, implementation=self.backend)
         return normed if residual is None else (normed, x)
 
     def pack_for_inference(self) -> None:
@@ -186,6 +161,14 @@ def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
     x: `[..., heads, head_dim]`; freqs_cis: `[..., rotary_dim]` with rotary_dim <= head_dim. The other channels pass.
     """
     return _Rotate.apply(x, freqs_cis)
+
+
+def norm_rotate(x: Tensor, norm: "MiniMaxM3RMSNorm", freqs_cis: Tensor) -> Tensor:
+    """`apply_rotary(norm(x), freqs_cis)`, in one pass where there is a kernel for it and nothing else to run."""
+    one_pass = x.dim() == 3 and norm.gemma and not (norm._forward_hooks or norm._forward_pre_hooks)
+    if one_pass and kernels.resolve(norm.backend, "norm_rope_store", x.device, x.dtype) == "triton":
+        return kernels.norm_rope_store(x, norm.weight, freqs_cis, eps=norm.eps, implementation=norm.backend)
+    return apply_rotary(norm(x), freqs_cis)
 
 
 class _Rotate(torch.autograd.Function):
@@ -246,6 +229,7 @@ class MiniMaxM3MLP(nn.Module):
 
     def __init__(self, config: MiniMaxM3VLTextConfig, intermediate_size: int, backend: str | None = None) -> None:
         super().__init__()
+        self.backend = backend
         self.alpha, self.limit, self.beta = config.swiglu_alpha, config.swiglu_limit, config.swiglu_beta
         self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
@@ -264,4 +248,5 @@ class MiniMaxM3MLP(nn.Module):
             gate_up = at_least_fp32(packed(x))
             return self.down_proj(swiglu_oai_(gate_up, self.alpha, self.limit, self.beta).to(x.dtype))
         gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(SwigluOAI.apply(gate, up, self.alpha, self.limit, self.beta))
+        act = kernels.swiglu_oai(gate, up, self.alpha, self.limit, self.beta, implementation=self.backend)
+        return self.down_proj(act)

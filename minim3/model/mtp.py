@@ -31,12 +31,12 @@ class MiniMaxM3MTPBlock(nn.Module):
         depth: int = 0,
     ) -> None:
         super().__init__()
-        self.enorm = MiniMaxM3RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hnorm = MiniMaxM3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.enorm = MiniMaxM3RMSNorm(config.hidden_size, config.rms_norm_eps, backend=backend)
+        self.hnorm = MiniMaxM3RMSNorm(config.hidden_size, config.rms_norm_eps, backend=backend)
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         last = config.num_hidden_layers - 1
         self.transformer_layer = Block(last, config, moe_config, backend, cache_index=config.num_hidden_layers + depth)
-        self.final_layernorm = MiniMaxM3RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.final_layernorm = MiniMaxM3RMSNorm(config.hidden_size, config.rms_norm_eps, backend=backend)
 
     def forward(
         self,

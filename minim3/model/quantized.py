@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from minim3.checkpoint import Placement
-from minim3.kernels.portable.experts import swiglu_oai_
+from minim3.kernels.portable.swiglu import swiglu_oai_
 from minim3.model import native_matrices
 from minim3.model.layers import PackedLinears, at_least_fp32
 from minim3.model.moe import MiniMaxM3Experts

@@ -41,7 +41,10 @@ def _split_kernel(
     BLOCK_D: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, TOPK: tl.constexpr, SPLITS: tl.constexpr,
     SPARSE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One query, one KV head, one part of its keys: out and log-sum-exp (to the base 2) of that part."""
+    """One query, one KV head, one part of its keys: out and log-sum-exp (to the base 2) of that part.
+
+    A query before position 0 (padding of a graph) sees nothing: `//` cuts off towards 0, so that it begins at block 0.
+    """
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from minim3.kernels.triton.keys import power_of_two, precision, row_offsets
 from minim3.kernels.triton.routing import Sorted, sort_by_expert
+from minim3.kernels.triton.swiglu import swiglu_gradient
 
 
 @triton.jit
@@ -148,25 +149,12 @@ def _activation_backward_kernel(
         source = gate_up + row_offsets(row, 2 * WIDTH) + column
         raw_gate = tl.load(source, mask=inside, other=0.0).to(tl.float32)
         raw_up = tl.load(source + WIDTH, mask=inside, other=0.0).to(tl.float32)
-        gate = raw_gate
-        up = raw_up
-        if LIMITED:
-            gate = tl.minimum(gate, limit)
-            up = tl.minimum(tl.maximum(up, -limit), limit)
-        up += beta
-        sigmoid = 1.0 / (1.0 + tl.exp(-alpha * gate))
-        gated = gate * sigmoid
         grad = tl.load(grad_act + row_offsets(row, WIDTH) + column, mask=inside, other=0.0).to(tl.float32)
+        act, grad_gate, grad_up = swiglu_gradient(raw_gate, raw_up, grad * weight, alpha, limit, beta, LIMITED)
         # <w2 act, grad> needs no second product: it is <act, w2^T grad>.
-        total += gated * up * grad
-        value = (gated * up * weight).to(weighted.dtype.element_ty)
+        total += act * grad
+        value = (act * weight).to(weighted.dtype.element_ty)
         tl.store(weighted + row_offsets(row, WIDTH) + column, value, mask=inside)
-        grad *= weight
-        grad_gate = grad * up * (sigmoid + alpha * gated * (1.0 - sigmoid))
-        grad_up = grad * gated
-        if LIMITED:
-            grad_gate = tl.where(raw_gate > limit, 0.0, grad_gate)
-            grad_up = tl.where((raw_up > limit) | (raw_up < -limit), 0.0, grad_up)
         target = grad_gate_up + row_offsets(row, 2 * WIDTH) + column
         tl.store(target, grad_gate.to(grad_gate_up.dtype.element_ty), mask=inside)
         tl.store(target + WIDTH, grad_up.to(grad_gate_up.dtype.element_ty), mask=inside)

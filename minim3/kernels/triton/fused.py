@@ -1,7 +1,4 @@
-"""Passes over hidden states that would be several operators: the residual sum with its norm, and the activation.
-
-Inference only: training takes the differentiable modules.
-"""
+"""The residual sum with its norm in one pass. Inference only: training takes the differentiable norm."""
 
 # mypy: allow-untyped-defs
 
@@ -57,33 +54,3 @@ def add_norm(
             num_warps=8 if block > 2048 else 4,
         )  # fmt: skip
     return out, total
-
-
-@triton.jit
-def _swiglu_kernel(
-    gate_up, out, alpha, limit, beta, WIDTH: tl.constexpr, BLOCK: tl.constexpr, LIMITED: tl.constexpr
-):  # fmt: skip
-    row = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < WIDTH
-    source = gate_up + row_offsets(row, 2 * WIDTH) + column
-    gate = tl.load(source, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(source + WIDTH, mask=mask, other=0.0).to(tl.float32)
-    if LIMITED:
-        gate = tl.minimum(gate, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit)
-    value = gate / (1.0 + tl.exp(-alpha * gate)) * (up + beta)
-    tl.store(out + row_offsets(row, WIDTH) + column, value.to(out.dtype.element_ty), mask=mask)
-
-
-def swiglu_oai(gate_up: Tensor, alpha: float, limit: float, beta: float = 1.0) -> Tensor:
-    """`reference.swiglu_oai` of `[..., 2F]` (gate, then up) -> `[..., F]`."""
-    gate_up = gate_up.contiguous()
-    width = gate_up.shape[-1] // 2
-    out = torch.empty(*gate_up.shape[:-1], width, dtype=gate_up.dtype, device=gate_up.device)
-    if out.numel():
-        block = min(1024, power_of_two(width))
-        _swiglu_kernel[out.numel() // width, -(-width // block)](
-            gate_up, out, float(alpha), float(limit), float(beta), WIDTH=width, BLOCK=block, LIMITED=bool(limit)
-        )
-    return out

@@ -18,6 +18,13 @@ _HEADS_AT_ONCE = 8
 
 
 @triton.jit
+def _saturated(value, LIMIT: tl.constexpr):
+    """In fp32; e4m3 has no infinity, so that what is out of range would become NaN. NaN stays, so that it shows."""
+    value = value.to(tl.float32)
+    return tl.where(value == value, tl.minimum(tl.maximum(value, -LIMIT), LIMIT), value)
+
+
+@triton.jit
 def _norm_rope_store_kernel(
     x, weight, freqs_cis, out, pages, slots, stride_x, stride_x_head, stride_weight_head, stride_freqs, stride_page,
     stride_page_head, stride_page_token, page_size, eps,
@@ -55,8 +62,7 @@ def _norm_rope_store_kernel(
         place = slot // page_size * stride_page + slot % page_size * stride_page_token
         target = place + (head.to(tl.int64) * stride_page_head)[:, None] + channel[None, :]
         if LIMIT > 0:
-            # e4m3 has no infinity: what is out of range would become NaN.
-            result = tl.minimum(tl.maximum(result.to(tl.float32), -LIMIT), LIMIT)
+            result = _saturated(result, LIMIT)
         tl.store(pages + target, result.to(pages.dtype.element_ty), mask=mask)
 
 
@@ -64,7 +70,7 @@ def norm_rope_store(
     x: Tensor, weight: Tensor | None, freqs_cis: Tensor, *, eps: float, pages: Tensor | None = None,
     slots: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """See the reference. The gradient is that of the portable form, computed anew."""
+    """See the reference."""
     check_store(x, pages, slots)
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         return _NormRopeStore.apply(x, weight, freqs_cis, eps, pages, slots)
@@ -129,7 +135,7 @@ def _project_store_kernel(
     tl.store(out + target, result, mask=mask)
     if STORE:
         if LIMIT > 0:
-            result = tl.minimum(tl.maximum(result.to(tl.float32), -LIMIT), LIMIT)
+            result = _saturated(result, LIMIT)
         kept = result.to(k_pages.dtype.element_ty)
         slot = tl.load(slots + token).to(tl.int64)
         mask = mask & (slot >= 0)
@@ -187,6 +193,46 @@ def norm_rope_store_packed(
     return out
 
 
+@triton.jit
+def _gradient_kernel(
+    x, weight, freqs_cis, grad, grad_x, parts, num_rows, stride_freqs, programs, eps,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, HALF: tl.constexpr,
+    NORM: tl.constexpr,
+):  # fmt: skip
+    """Every `programs`-th group of rows (heads of tokens): grad_x, and what they give one weight, `[programs, D]`."""
+    program = tl.program_id(0)
+    channel = tl.arange(0, BLOCK_D)
+    first = channel < HALF
+    turns = channel < 2 * HALF
+    partner = tl.where(first, channel + HALF, tl.where(turns, channel - HALF, channel))
+    scale = tl.zeros([BLOCK_D], tl.float32)
+    if NORM:
+        scale = 1.0 + tl.load(weight + channel, mask=channel < D, other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for start in tl.range(program * ROWS, num_rows, programs * ROWS):
+        row = start + tl.arange(0, ROWS)
+        mask = (row < num_rows)[:, None] & (channel < D)[None, :]
+        base = row_offsets(row, D)[:, None]
+        angle = row_offsets(row // HEADS, stride_freqs)[:, None] + tl.where(first, channel, channel - HALF)[None, :]
+        turned = mask & turns[None, :]
+        cos = tl.load(freqs_cis + angle, mask=turned, other=1.0).to(tl.float32)
+        sin = tl.load(freqs_cis + angle + HALF, mask=turned, other=0.0).to(tl.float32)
+        own = tl.load(grad + base + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        other = tl.load(grad + base + partner[None, :], mask=mask, other=0.0).to(tl.float32)
+        # Turned back: the sines change their sign.
+        found = own * cos + other * tl.where(first[None, :], sin, -sin)
+        if NORM:
+            value = tl.load(x + base + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+            factor = tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
+            normed = value * factor
+            product = found * normed
+            total += tl.sum(product, 0)
+            along = tl.sum(product * scale[None, :], 1) / D
+            found = factor * (found * scale[None, :] - normed * along[:, None])
+        tl.store(grad_x + base + channel[None, :], found.to(grad_x.dtype.element_ty), mask=mask)
+    tl.store(parts + row_offsets(program, D) + channel, total, mask=channel < D)
+
+
 class _NormRopeStore(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -201,10 +247,47 @@ class _NormRopeStore(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, freqs_cis = ctx.saved_tensors
-        leaves = [x.detach().requires_grad_()]
-        if weight is not None:
-            leaves.append(weight.detach().requires_grad_())
-        with torch.enable_grad():
-            out = rotation.norm_rope_store(leaves[0], leaves[1] if len(leaves) > 1 else None, freqs_cis, eps=ctx.eps)
-        grads = torch.autograd.grad(out, leaves, grad)
-        return grads[0], grads[1] if weight is not None else None, None, None, None, None
+        if weight is not None and weight.dim() == 2:
+            grad_x, grad_weight = _gradient_by_head(x, weight, freqs_cis, ctx.eps, grad)
+        else:
+            grad_x, grad_weight = _gradient(x, weight, freqs_cis, ctx.eps, grad)
+        return grad_x, grad_weight, None, None, None, None
+
+
+def _gradient(
+    x: Tensor, weight: Tensor | None, freqs_cis: Tensor, eps: float, grad: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Of `x` and of a weight `[D]` that serves all heads."""
+    tokens, heads, dim = x.shape
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not x.numel():
+        return grad_x, None if weight is None else torch.zeros_like(weight)
+    x, grad, freqs_cis = x.contiguous(), grad.contiguous(), rows_contiguous(freqs_cis)
+    block = power_of_two(dim)
+    some = max(1, _GRADIENT_NUMBERS // block)
+    programs = min(-(-tokens * heads // some), _GRADIENT_PROGRAMS)
+    parts = torch.empty(programs, dim, dtype=torch.float32, device=x.device)
+    _gradient_kernel[programs,](
+        x, parts if weight is None else weight.contiguous(), freqs_cis, grad, grad_x, parts, tokens * heads,
+        freqs_cis.stride(0), programs, eps, HEADS=heads, ROWS=some, D=dim, BLOCK_D=block,
+        HALF=freqs_cis.shape[-1] // 2, NORM=weight is not None, num_warps=4,
+    )  # fmt: skip
+    return grad_x, None if weight is None else parts.sum(0).to(weight.dtype)
+
+
+_GRADIENT_NUMBERS = 2048
+"""Of the rows that a program of the gradient takes at once."""
+
+_GRADIENT_PROGRAMS = 528
+"""Four for each multiprocessor of an H100. Their sums are added in order: repetitions give the same bits."""
+
+
+def _gradient_by_head(
+    x: Tensor, weight: Tensor, freqs_cis: Tensor, eps: float, grad: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of a weight `[H, D]`, which no model trains: that of the portable form, computed anew."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    with torch.enable_grad():
+        out = rotation.norm_rope_store(x, weight, freqs_cis, eps=eps)
+    grad_x, grad_weight = torch.autograd.grad(out, [x, weight], grad)
+    return grad_x, grad_weight

@@ -91,20 +91,20 @@ class Sorted(NamedTuple):
 
 @triton.jit
 def _sort_kernel(
-    expert_ids, token_of, order, inverse, starts, tiles, COUNT: tl.constexpr, PADDED: tl.constexpr,
+    expert_ids, token_of, order, inverse, starts, tiles, count, num_tiles, PADDED: tl.constexpr,
     CHOICES: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_PADDED: tl.constexpr, ROWS: tl.constexpr,
-    TILES: tl.constexpr, TILES_PADDED: tl.constexpr, SOME: tl.constexpr,
+    TILES_PADDED: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """All of it in one program: the place of an assignment is the number of those that come before it."""
     place = tl.arange(0, PADDED)
-    real = place < COUNT
+    real = place < count
     id = tl.load(expert_ids + place, mask=real, other=EXPERTS).to(tl.int32)
     expert = tl.arange(0, EXPERTS_PADDED)
     rank = tl.zeros([PADDED], tl.int32)
     first = tl.zeros([EXPERTS_PADDED], tl.int32)
-    for start in tl.range(0, COUNT, SOME):
+    for start in tl.range(0, count, SOME):
         other_place = start + tl.arange(0, SOME)
-        other = tl.load(expert_ids + other_place, mask=other_place < COUNT, other=EXPERTS).to(tl.int32)
+        other = tl.load(expert_ids + other_place, mask=other_place < count, other=EXPERTS).to(tl.int32)
         before = other[None, :] < id[:, None]
         before = before | ((other[None, :] == id[:, None]) & (other_place[None, :] < place[:, None]))
         rank += tl.sum(before.to(tl.int32), 1)
@@ -113,20 +113,20 @@ def _sort_kernel(
     tl.store(order + rank, place.to(tl.int64), mask=real)
     tl.store(token_of + rank, (place // CHOICES).to(tl.int64), mask=real)
     tl.store(starts + expert, first.to(tl.int64), mask=expert <= EXPERTS)
-    count = tl.zeros([EXPERTS_PADDED], tl.int32)
-    for start in tl.range(0, COUNT, SOME):
+    own = tl.zeros([EXPERTS_PADDED], tl.int32)
+    for start in tl.range(0, count, SOME):
         other_place = start + tl.arange(0, SOME)
-        other = tl.load(expert_ids + other_place, mask=other_place < COUNT, other=EXPERTS).to(tl.int32)
-        count += tl.sum((other[None, :] == expert[:, None]).to(tl.int32), 1)
-    count = tl.where(expert < EXPERTS, count, 0)  # those past the end of the ids are no assignments
-    needed = (count + ROWS - 1) // ROWS
+        other = tl.load(expert_ids + other_place, mask=other_place < count, other=EXPERTS).to(tl.int32)
+        own += tl.sum((other[None, :] == expert[:, None]).to(tl.int32), 1)
+    own = tl.where(expert < EXPERTS, own, 0)  # those past the end of the ids are no assignments
+    needed = (own + ROWS - 1) // ROWS
     last = tl.cumsum(needed, 0)
     for i in tl.range(0, tl.max(needed, 0)):
         mask = i < needed
         tl.store(tiles + 2 * (last - needed + i), expert, mask=mask)
         tl.store(tiles + 2 * (last - needed + i) + 1, expert * 0 + i * ROWS, mask=mask)
     tile = tl.arange(0, TILES_PADDED)
-    unused = (tile >= tl.sum(needed, 0)) & (tile < TILES)
+    unused = (tile >= tl.sum(needed, 0)) & (tile < num_tiles)
     tl.store(tiles + 2 * tile, tile * 0 - 1, mask=unused)
     tl.store(tiles + 2 * tile + 1, tile * 0, mask=unused)
 
@@ -147,8 +147,8 @@ def _sort_few(expert_ids: Tensor, num_experts: int, rows: int, num_tiles: int) -
     tiles = torch.empty(num_tiles, 2, dtype=torch.int32, device=device)
     padded = power_of_two(count)
     _sort_kernel[1,](
-        expert_ids, token, order, inverse, starts, tiles, COUNT=count, PADDED=padded, CHOICES=expert_ids.shape[1],
-        EXPERTS=num_experts, EXPERTS_PADDED=power_of_two(num_experts + 1), ROWS=rows, TILES=num_tiles,
+        expert_ids, token, order, inverse, starts, tiles, count, num_tiles, PADDED=padded, CHOICES=expert_ids.shape[1],
+        EXPERTS=num_experts, EXPERTS_PADDED=power_of_two(num_experts + 1), ROWS=rows,
         TILES_PADDED=power_of_two(num_tiles), SOME=min(padded, 16), num_warps=4,
     )  # fmt: skip
     return Sorted(token, order, inverse, starts, tiles, rows)
