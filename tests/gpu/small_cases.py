@@ -16,6 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from minim3 import kernels
+from minim3.kernels import reference
 
 CU_Q, CU_K, BLOCK = [0, 37, 50], [0, 90, 103], 16
 
@@ -79,9 +80,39 @@ def run_all(device: str) -> dict[str, float]:
             [x, w13, w2, weights],
             lambda a, b, c, d, **i: kernels.grouped_experts(a, b, c, choice, d, alpha=1.7, limit=2.0, **i),
         ),
-        "norm_rope_store": ([q], lambda a, **i: kernels.norm_rope_store(a, v[0, 0], turns, eps=1e-6, **i)),
+        "norm_rope_store": (
+            [q, v[0, 0]], lambda a, b, **i: kernels.norm_rope_store(a, b, turns, eps=1e-6, **i)
+        ),
+        "rms_norm": ([x, x[0]], lambda a, b, **i: kernels.rms_norm(a, b, eps=1e-6, **i)),
+        "swiglu_oai": ([x, w2[0, :30, :].new_ones(30, 32)], lambda a, b, **i: kernels.swiglu_oai(a, b, 1.7, 0.9, **i)),
     }  # fmt: skip
-    return {name: error(leaves, run) for name, (leaves, run) in ops.items()}
+    found = {name: error(leaves, run) for name, (leaves, run) in ops.items()}
+    return found | fused_errors(q, k, v, turns)
+
+
+def fused_errors(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> dict[str, float]:
+    """Of what the decoder of inference runs besides."""
+    from minim3.kernels.triton import fused, rotation, routing
+
+    heads = torch.cat([q, k[:50], v[:50]], 1)
+    weight, slots = q[0, 0].expand(10, -1).contiguous(), torch.arange(50, device=q.device)
+    pages = (*torch.zeros(2, 4, 2, BLOCK, 64, device=q.device), None)
+    got = rotation.norm_rope_store_packed(heads, weight, turns, eps=1e-6, heads=(8, 2, 0), pages=pages, slots=slots)
+    want = reference.norm_rope_store(heads[:, :10], weight, turns, eps=1e-6)
+    stored = pages[0].transpose(1, 2).reshape(-1, 2, 64)[:50]
+    normed, total = fused.add_norm(q, v[0].expand(50, 4, 2, 64).reshape(50, 8, 64), weight[0], eps=1e-6, more=q)
+    logits = q[:, 0, :20].contiguous()
+    ids, weights = routing.route(logits, None, top_k=4, scoring_func="sigmoid", factor=2.0)
+    scores, wanted_ids = logits.sigmoid().topk(4)
+    few, many = (make(ids, 20, 16, 32) for make in (routing._sort_few, routing._sort_many))
+    pairs = {
+        "norm_rope_store_packed": (torch.cat([got[:, :10], stored], 1), torch.cat([want, want[:, 8:]], 1)),
+        "add_norm": (normed, reference.rms_norm(total, 1.0 + weight[0], eps=1e-6)),
+        "route": (weights, scores / scores.sum(1, keepdim=True) * 2.0),
+    }
+    found = {name: float((a.double() - b.double()).abs().max() / b.abs().max()) for name, (a, b) in pairs.items()}
+    exact = torch.equal(ids, wanted_ids) and all(torch.equal(a, b) for a, b in zip(few[:5], many[:5]))
+    return found | {"route and sort, ids": 0.0 if exact else 1.0}
 
 
 def error(inputs: list[Tensor], run: Callable[..., object]) -> float:
