@@ -21,18 +21,22 @@ $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"minim3 needs Python 3.11 or later, {sys.executable} is {sys.version.split()[0]}: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
+# As a path, so that a folder named minim3 beside the program does not hide it.
+EDITABLE := --config-settings editable_mode=compat -e
+
 $(VENV)/.core: $(VENV)/pyvenv.cfg pyproject.toml constraints.txt
+	@echo "installing PyTorch and minim3 into $(VENV): a minute, or a few"
 	$(PIP) install -c constraints.txt "setuptools>=77" torch numpy
-	$(PIP) install -c constraints.txt -e .
+	$(PIP) install -c constraints.txt $(EDITABLE) .
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.core
-	$(PIP) install -c constraints.txt -e ".[test]"
+	$(PIP) install -c constraints.txt $(EDITABLE) ".[test]"
 	$(PIP) install -c constraints.txt --no-deps nemo-automodel
 	@touch $@
 
 $(VENV)/.all: $(VENV)/.test
-	$(PIP) install -c constraints.txt -e ".[cluster]"
+	$(PIP) install -c constraints.txt $(EDITABLE) ".[cluster]"
 	@touch $@
 
 install: $(VENV)/.test

@@ -23,7 +23,7 @@ post /v1/chat/completions '{
 
 echo "# as a stream, with usage at its end"
 post /v1/chat/completions '{
-  "messages": [{"role": "user", "content": "What is 12 minus 5?"}],
+  "messages": [{"role": "user", "content": "What is 12 plus 5?"}],
   "stream": true, "stream_options": {"include_usage": true}
 }'
 

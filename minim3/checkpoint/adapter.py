@@ -213,7 +213,8 @@ def read_adapter(path: str | Path) -> Adapter:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
             base = (file.metadata() or {}).get(BASE_METADATA)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"adapter {path}: {TENSOR_FILE} is not a complete safetensors file: {error}") from error
+        file = f"adapter {path}: {TENSOR_FILE}"
+        raise ValueError(f"{file} is not a complete safetensors file, copy it again: {error}") from error
     return Adapter(_pair(tensors, config, str(path)), config, base, str(path))
 
 

@@ -90,7 +90,7 @@ class CheckpointReader:
             handle = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
             keys = list(handle.keys())
         except (SafetensorError, OSError, ValueError) as error:
-            raise ValueError(f"{file} is not a complete safetensors file: {error}") from error
+            raise ValueError(f"{file} is not a complete safetensors file, copy it again: {error}") from error
         self._handles[file] = handle
         return keys
 

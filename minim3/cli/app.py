@@ -274,7 +274,7 @@ def serve(
         int, typer.Option(min=0, metavar="N", help="Draft N tokens a step with the model's MTP modules.")
     ] = 0,
     kv_cache_dtype: Annotated[
-        str, typer.Option(metavar="NAME", help="auto: the model's; fp8: 8 bits, with some loss.")
+        str, typer.Option(metavar="[auto|fp8]", help="Keys and values: the model's dtype; 8 bits, with some loss.")
     ] = "auto",
     cuda_graphs: Annotated[bool, typer.Option(help="On a GPU, hold steps of decoding as CUDA graphs.")] = True,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Most a request may ask for.")] = None,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -227,7 +228,7 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("model", info["source"]),
         ("takes", info["kind"]),
-        ("layers", info["layers"].removeprefix("layers ").removeprefix("layer ")),
+        ("layers", re.sub(r"^layers? |(?<=\d)(?= )", lambda at: "" if at[0] else ":", info["layers"])),
         ("width", f"{text['hidden_size']}, {heads}, vocabulary {text['vocab_size']:,}"),
     ]
     if "num_local_experts" in text:

@@ -8,6 +8,7 @@ from minim3.cli.generate import read_prompt, user_messages
 from minim3.cli.session import LoadOptions, SamplingOptions, Session
 from minim3.cli.show import stream_answer
 from minim3.inspection import record, write_report
+from minim3.inspection.recording import checked_layers
 
 
 def run_inspect(
@@ -30,6 +31,7 @@ def run_inspect(
         raise ValueError(f"--output is {str(output)!r}: there is no folder {str(output.parent)!r}")
     text = read_prompt(prompt)
     session = Session(options, sampling)
+    checked_layers(layers, session.model.text_config.num_hidden_layers)
     messages = user_messages(text, images, videos, system)
     answer = session.answer(messages, thinking)
     request = answer.request

@@ -15,6 +15,7 @@ from minim3.cli.errors import INTERRUPTED
 from minim3.cli.session import LoadOptions
 
 KEY_VARIABLE = "MINIM3_API_KEY"
+LOG_FORMATS = ("auto", "json", "text")
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "llguidance")
 _HERE = frozenset({"127.0.0.1", "localhost", "::1"})
 
@@ -65,9 +66,12 @@ def run_serve(options: LoadOptions, settings: Mapping[str, Any], *, replicas: in
 
     settings: of `ServerSettings`, without `model_name` to take the checkpoint's name.
     """
+    if log_format not in LOG_FORMATS:
+        raise ValueError(f"--log-format is {log_format!r}; known: {', '.join(LOG_FORMATS)}")
     missing = [name for name in _PACKAGES if find_spec(name) is None]
     if missing:
-        raise ValueError(f"serving needs {', '.join(missing)}: pip install 'minim3[serve]'")
+        how = "pip install 'minim3[serve]' (in a checkout: make install)"
+        raise ValueError(f"serving needs {', '.join(missing)}: {how}")
     from minim3.server.settings import ServerSettings
 
     name = settings.get("model_name") or _model_name(options.model)

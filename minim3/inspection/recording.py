@@ -107,7 +107,7 @@ def capture_answer(
 ) -> Capture:
     """The part of `record` that runs the model; arguments and errors are those of `record`."""
     config = model.text_config
-    shown = _checked_layers(layers, config.num_hidden_layers)
+    shown = checked_layers(layers, config.num_hidden_layers)
     prompt_ids, inputs = _encode(processor, prompt, media, tools, thinking_mode)
     num_asked = len(answer_ids) if answer_ids is not None else 1
     _check_length(len(prompt_ids) + num_asked, max_tokens)
@@ -327,7 +327,8 @@ def _eos_token_ids(model: CausalLM, processor: MiniMaxM3VLProcessor) -> tuple[in
     return tuple(dict.fromkeys(ids))
 
 
-def _checked_layers(layers: Sequence[int] | None, num_layers: int) -> frozenset[int]:
+def checked_layers(layers: Sequence[int] | None, num_layers: int) -> frozenset[int]:
+    """The layers to show, all for None. Raises ValueError for one that the model does not have."""
     if layers is None:
         return frozenset(range(num_layers))
     for layer in layers:

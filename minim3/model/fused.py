@@ -78,10 +78,14 @@ class FusedModel:
     @classmethod
     def of(cls, model: MiniMaxM3TextModel) -> "FusedModel | None":
         """The model in this form; None where Triton does not run it, or where it holds a module not known here."""
+        if type(model) is not MiniMaxM3TextModel:
+            return None
         return cls._made(model, model.config, list(model.layers), model.norm)
 
     def draft_module(self, module: MiniMaxM3MTPBlock, config: MiniMaxM3VLTextConfig) -> "FusedModel | None":
         """A MTP module of this model in this form; None where it has none."""
+        if type(module) is not MiniMaxM3MTPBlock:
+            return None
         return self._made(module, config, [module.transformer_layer], module.final_layernorm, module)
 
     @classmethod
