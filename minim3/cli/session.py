@@ -62,7 +62,8 @@ def choose_device(name: str) -> torch.device:
     if kind not in ("cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())) or name[-1:] == ":":
         raise ValueError(f"--device is {name!r}; known: {DEVICES}")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: no such device (torch sees {torch.cuda.device_count()} GPUs); try cpu or auto")
+        count = torch.cuda.device_count()
+        raise ValueError(f"--device {name}: no such device (torch sees {count} GPUs); try cpu or auto")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise ValueError("--device mps: no such device here; try cpu or auto")
     return torch.device(name)
