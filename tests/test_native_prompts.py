@@ -1,6 +1,8 @@
 """Selection and sparse attention with whole blocks of keys in C: the definition at any size, packed and in pages."""
 
 from collections.abc import Iterator
+from itertools import accumulate
+from operator import add
 from typing import Any
 
 import pytest
@@ -16,6 +18,12 @@ from tests.test_kernels_paged import Cache
 
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 PROPERTY = settings(max_examples=60, deadline=None, derandomize=True)
+
+
+def starts_of(lengths: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Where the queries and the keys of documents of so many (new tokens, tokens before them) begin and end."""
+    new, past = zip(*lengths)
+    return list(accumulate(new, initial=0)), list(accumulate(map(add, new, past), initial=0))
 
 
 @pytest.fixture(params=["tiles", "vectors"], autouse=True, scope="module")
@@ -56,10 +64,7 @@ def test_it_chooses_what_the_definition_chooses(
 ) -> None:  # fmt: skip
     """Odd numbers of rows, keys and dimensions; documents with a past; ties, where numbers are integers."""
     generator = torch.Generator().manual_seed(seed)
-    cu_q, cu_k = [0], [0]
-    for new, past in lengths:
-        cu_q.append(cu_q[-1] + new)
-        cu_k.append(cu_k[-1] + past + new)
+    cu_q, cu_k = starts_of(lengths)
     q, k = torch.randn(cu_q[-1], heads, dim, generator=generator), torch.randn(cu_k[-1], dim, generator=generator)
     if integers:
         q, k = q.round(), k.round()
@@ -149,10 +154,7 @@ def test_attention_over_chosen_blocks_is_the_definition(
     rows that did not choose their own block."""
     generator = torch.Generator().manual_seed(seed)
     kv_heads, group = heads
-    cu_q, cu_k = [0], [0]
-    for new, past in lengths:
-        cu_q.append(cu_q[-1] + new)
-        cu_k.append(cu_k[-1] + past + new)
+    cu_q, cu_k = starts_of(lengths)
     q = torch.randn(cu_q[-1], kv_heads * group, dim, generator=generator)
     k, v = (torch.randn(cu_k[-1], kv_heads, dim, generator=generator) for _ in range(2))
     index_q = torch.randn(cu_q[-1], kv_heads, 8, generator=generator)
@@ -215,10 +217,7 @@ def test_dense_attention_is_the_definition(
     """Value and gradient of dense layers; large scores leave the reach of products and are merged instead."""
     generator = torch.Generator().manual_seed(seed)
     kv_heads, group = heads
-    cu_q, cu_k = [0], [0]
-    for new, past in lengths:
-        cu_q.append(cu_q[-1] + new)
-        cu_k.append(cu_k[-1] + past + new)
+    cu_q, cu_k = starts_of(lengths)
     q = torch.randn(cu_q[-1], kv_heads * group, dim, generator=generator) * size
     k, v = (torch.randn(cu_k[-1], kv_heads, dim, generator=generator) for _ in range(2))
     weight = torch.randn(q.shape, generator=generator)

@@ -203,7 +203,7 @@ def _cache(text: MiniMaxM3VLTextConfig, context: int) -> dict[str, Any]:
     page = text.index_block_size or 1
     stored = -(-context // page) * page
     sizes: dict[str, Any] = {"context": context, "page_tokens": page}
-    for name, width in (("bf16", 2), ("fp32", 4)):
+    for name, width in (("bf16", 2), ("fp32", 4), ("fp8", 1)):
         kv, index = cache_bytes_per_token(text, width)
         sizes[name] = {"bytes_per_token": kv + index, "kv_bytes": stored * kv, "index_bytes": stored * index}
     return sizes
@@ -258,7 +258,7 @@ def _rows(info: dict[str, Any]) -> list[tuple[str, str]]:
     sizes[plain] += " (none)"
     others = ", ".join(size for name, size in sizes.items() if name != info["loaded_as"])
     rows.append(("weights loaded", f"{taken}; with --quantization {others}"))
-    for name in ("bf16", "fp32"):
+    for name in ("bf16", "fp32", "fp8"):
         of = cache[name]
         split = f"K and V {_size(of['kv_bytes'])}, index keys {_size(of['index_bytes'])}"
         whole = f"{_size(of['kv_bytes'] + of['index_bytes'])} at {cache['context']:,} tokens"

@@ -3,8 +3,9 @@
 A step of few tokens is bound by reading weights; in eager PyTorch half of its time goes to launching operators instead,
 and an attention that reads chosen blocks where they lie cannot be put together from operators at all. `step.c` computes
 all layers in one parallel region, `blocks.c` what prompts and their gradients do to a block. They are plain C with the
-vector extension of gcc and clang (intrinsics for two conversions), compiled where they run (`build`); where that cannot
-be done, portable PyTorch runs instead, and `minim3 info` says so. The structures below mirror those of the C.
+vector extension of gcc and clang, and intrinsics where some Intel processors multiply tiles (`tiles.h`), compiled where
+they run (`build`); where that cannot be done, portable PyTorch runs instead, and `minim3 info` says so. The structures
+below mirror those of the C.
 """
 
 import ctypes
