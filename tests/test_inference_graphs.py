@@ -97,6 +97,16 @@ def test_graphs_are_dropped_when_the_cache_grows_or_the_model_changes() -> None:
     assert graphs.num_run == run
 
 
+def test_nothing_is_recorded_under_autocast() -> None:
+    """A graph would hold the addresses of weights that autocast has cast, and lets go when it ends."""
+    engine = engine_with(True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        batch = [[1], [0], [0], [1], [1]]
+        request = engine.add_request([3], SamplingParams(max_new_tokens=1))
+        assert engine.runner.graphs.run([request], *batch) is None
+    assert engine.runner.graphs.num_recorded == 0
+
+
 def test_a_graph_that_reads_freed_memory_is_found() -> None:
     """The recorder of these tests keeps alive no more than a graph does."""
     held = [torch.ones(3)]

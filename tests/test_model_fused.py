@@ -116,5 +116,21 @@ def test_autocast_is_left_to_the_modules() -> None:
 def test_another_implementation_is_not_asked_for_kernels_it_lacks() -> None:
     """`backend="native"` on head dimensions that C does not take: the modules run, and nothing is raised."""
     model = tiny_models.text_model(3, backend="native", head_dim=12, index_head_dim=12, index_n_heads=2)
+    ids = tiny_models.random_ids(1, 9)
+    model(ids, labels=ids).loss.backward()
     model.pack_for_inference()
     assert FusedModel.of(model.text_model) is None
+
+
+def test_a_replaced_or_watched_norm_takes_part() -> None:
+    """Norm and rotation in one pass know one class of norm, and call no hooks."""
+    model = tiny_models.text_model(3, backend="triton", **SHAPE)
+    ids = tiny_models.random_ids(1, 5)
+    plain = model(ids).logits
+    attention, seen = model.text_model.layers[1].self_attn, []
+    handle = attention.q_norm.register_forward_hook(lambda *_: seen.append(1))
+    assert torch.equal(model(ids).logits, plain) or (model(ids).logits - plain).abs().max() < 1e-5
+    assert seen
+    handle.remove()
+    attention.q_norm = torch.nn.RMSNorm(16)
+    assert (model(ids).logits - plain).abs().max() > 1e-4

@@ -121,13 +121,8 @@ def test_what_is_native_is_said(products: str) -> None:
     if products == "vectors":
         with pytest.raises(ValueError, match=r"'native' is not available for varlen_attention on cpu.*no tiles"):
             kernels.varlen_attention(q, q, q, [0, 4], [0, 4], implementation="native")
-    with pytest.raises(ValueError, match=r"'native' is not available for grouped_experts on cpu.*no kernel in C"):
-        kernels.grouped_experts(
-            q[:, 0], torch.randn(2, 8, 16), torch.randn(2, 16, 4), torch.zeros(4, 1).long(), torch.ones(4, 1),
-            alpha=1.7, limit=7.0, implementation="native",
-        )  # fmt: skip
-    with pytest.raises(ValueError, match="'fast' is unknown for select_blocks"):
-        kernels.select_blocks(q, q[:, 0], [0, 4], [0, 4], block_size=16, topk_blocks=2, implementation="fast")
+    # What has no kernel in C at all is left to PyTorch.
+    assert kernels.choose("native", "grouped_experts", "cpu", torch.float32).name == "portable"
 
 
 def test_heads_that_do_not_fit_are_refused() -> None:
@@ -232,6 +227,52 @@ def test_dense_attention_is_the_definition(
         assert got is not None
         assert want is not None
         assert (got - want).abs().max() <= bound * want.abs().max().clamp(min=0.1)
+
+
+@PROPERTY
+@given(
+    st.lists(st.tuples(st.integers(513, 900), st.integers(0, 300)), min_size=1, max_size=2),
+    st.sampled_from([16, 20, 48, 128]), st.sampled_from([(16, 64), (48, 32)]), st.sampled_from([(2, 1), (1, 3)]),
+    st.booleans(), st.booleans(), st.booleans(), st.floats(0.1, 6.0), st.integers(0, 99),
+)  # fmt: skip
+def test_alignment_is_the_definition(
+    lengths: list[tuple[int, int]], block: int, dims: tuple[int, int], heads: tuple[int, int], warm_up: bool,
+    own: bool, attended: bool, size: float, seed: int,
+) -> None:  # fmt: skip
+    """Value and gradient of long documents, with the log-sum-exps of attention or without; any number of keys and rows,
+    rows that did not choose their own block, scores far above that of the own key."""
+    generator = torch.Generator().manual_seed(seed)
+    kv_heads, group = heads
+    cu_q, cu_k = starts_of(lengths)
+    where = cu_q, cu_k
+    q = torch.randn(cu_q[-1], kv_heads * group, dims[0], generator=generator)
+    k = torch.randn(cu_k[-1], kv_heads, dims[0], generator=generator)
+    index_q = torch.randn(cu_q[-1], kv_heads, dims[1], generator=generator) * size
+    index_k = torch.randn(cu_k[-1], dims[1], generator=generator)
+    ids = kernels.select_blocks(index_q, index_k, *where, block_size=block, topk_blocks=4, implementation="reference")
+    if not own:
+        ids[::3, :, -1] = -1  # ascending: most often the own one
+        ids[(ids < 0).all(-1)] = 0
+    chosen, lse = None if warm_up else ids, None
+    if attended and warm_up:
+        _, lse = kernels.varlen_attention(q, k, k, *where)
+    elif attended:
+        _, lse = kernels.block_sparse_attention(q, k, k, ids, *where, block_size=block)
+    found = {}
+    for implementation in (None, "reference"):
+        leaves = [x.double() if implementation else x.clone() for x in (index_q, index_k)]
+        leaves = [x.requires_grad_() for x in leaves]
+        teacher = [x.double() if implementation else x for x in (q, k)]
+        loss = kernels.indexer_kl(
+            *teacher, *leaves, chosen, *where, block_size=block, implementation=implementation,
+            lse=None if implementation else lse,
+        )  # fmt: skip
+        loss.backward()
+        found[implementation] = loss.detach(), *(x.grad for x in leaves)
+    for got, want, bound in zip(found[None], found["reference"], (1e-5, 1e-4, 1e-4), strict=True):
+        assert got is not None
+        assert want is not None
+        assert (got - want).abs().max() <= bound * want.abs().max() + 1e-8
 
 
 def test_products_on_tiles_are_those_of_fp32(products: str) -> None:

@@ -218,6 +218,21 @@ def test_swiglu_equals_reference(shape: tuple, limit: float) -> None:
         assert got.shape == want.shape
 
 
+def test_layouts_that_only_look_dense() -> None:
+    """A dimension of one may have any stride; a scale may be every other number of something."""
+    generator = torch.Generator().manual_seed(0)
+    gate = torch.randn(1, 4, 8, generator=generator).transpose(0, 1)
+    assert gate.is_contiguous()
+    got = kernels.swiglu_oai(gate, gate, 1.7, 0.5, implementation="triton")
+    close(got, reference.swiglu_oai(gate, gate, 1.7, 0.5))
+    x, scale = torch.randn(3, 8, generator=generator), torch.rand(16, generator=generator)[::2]
+    close(kernels.rms_norm(x, scale, eps=1e-6, implementation="triton"), reference.rms_norm(x, scale, eps=1e-6))
+    with pytest.raises(ValueError, match="scale has shape"):
+        kernels.rms_norm(x, scale[:1], eps=1e-6, implementation="triton")
+    with pytest.raises(ValueError, match="must have one shape"):
+        kernels.swiglu_oai(gate, gate[:1], 1.7, 0.5, implementation="triton")
+
+
 def test_sum_with_norm() -> None:
     from minim3.kernels.triton import fused
 

@@ -14,8 +14,8 @@ from minim3.model.counts import FORMATS, cache_bytes_per_token, count_parameters
 
 DEFAULT_CONTEXT = 32768
 KERNELS = (
-    "select_blocks", "block_sparse_attention", "varlen_attention", "indexer_kl", "norm_rope_store", "grouped_experts",
-    "decoder_step",
+    "select_blocks", "block_sparse_attention", "varlen_attention", "indexer_kl", "rms_norm", "norm_rope_store",
+    "swiglu_oai", "grouped_experts", "decoder_step",
 )  # fmt: skip
 
 

@@ -59,13 +59,19 @@ class CudaRecorder:
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._stream):
-                run()  # compiles kernels and lets libraries take their memory, neither of which may be recorded
-            torch.cuda.current_stream().wait_stream(self._stream)
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            try:
+                with torch.cuda.stream(self._stream):
+                    run()  # compiles kernels and lets libraries take their memory, neither of which may be recorded
+            finally:
+                current.wait_stream(self._stream)  # also where memory ran out: what it reads may be given to others
             graph = torch.cuda.CUDAGraph()
-            # What other threads do meanwhile is theirs.
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            # What other threads do meanwhile is theirs. The outer context: a capture that fails leaves its stream.
+            with (
+                torch.cuda.stream(current),
+                torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"),
+            ):
                 output = run()
             self._pool = graph.pool()
         return graph.replay, output
@@ -113,10 +119,12 @@ class StepGraphs:
         """New tokens of each request: hidden states `[T, H]`, which the next step overwrites.
 
         None where no graph is made: for different numbers of new tokens, for more than graphs hold, for the first steps
-        of a bucket, and for a changed model.
+        of a bucket, under autocast, and for a changed model.
         """
         count, each = len(requests), lengths_q[0]
         if count > MOST_REQUESTS or each > MOST_TOKENS_EACH or set(lengths_q) != {each} or not self._current():
+            return None
+        if torch.is_autocast_enabled(self.cache.device.type):
             return None
         rows, width = bucket(count), self._width(max(len(request.pages) for request in requests))
         key = rows, each, width
@@ -158,7 +166,9 @@ class StepGraphs:
 
         try:
             replay, hidden = self._record(run)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:  # of torch's own memory, of the driver's, or of a library's
+            if not any(words in str(error).lower() for words in ("out of memory", "alloc_failed")):
+                raise
             logger.warning("no more steps are recorded as CUDA graphs: the GPU has no memory left for them")
             self._no_memory = True
             return None

@@ -98,6 +98,8 @@ def _choose(implementation: str | None, op: str, device_type: str, dtype: torch.
     # A step that is not run in C is put together from the other ops, whatever runs these.
     if implementation in _MODULES or (implementation == "triton" and op == "decoder_step"):
         choice = Choice(implementation, "requested")
+    elif implementation == "native" and op not in (*availability.NATIVE_OPS, "decoder_step"):
+        choice = Choice("portable", "plain PyTorch: there is no kernel in C for it")
     elif implementation == "native" or (implementation is None and device_type == "cpu"):
         why_not = availability.why_not_native(op, device_type, dtype)
         if why_not is None:
@@ -137,9 +139,9 @@ def _module(name: str) -> ModuleType:
 
 def _function(
     implementation: str | None, op: str, tensor: Tensor, misfit: Callable[[], str | None] | None = None,
-    plan: PagedPlan | DevicePlan | None = None,
+    plan: PagedPlan | DevicePlan | None = None, products: bool = True,
 ) -> Callable[..., Any]:  # fmt: skip
-    """What runs `op`. Under autocast it runs with autocast off, which would take products below fp32 again.
+    """What runs `op`. Under autocast it runs with autocast off, which would take its `products` below fp32 again.
 
     misfit: says why a Triton kernel does not take the shapes, if one does not; asked only where one could run.
     """
@@ -153,7 +155,7 @@ def _function(
     function: Callable[..., Any] = getattr(_module(name), op)
     if name == "triton" and device_type == "cuda" and tensor.device.index != torch.cuda.current_device():
         function = _on_device(function, tensor.device)
-    if torch.is_autocast_enabled(device_type):
+    if products and torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)(function)
     return function
 
@@ -321,11 +323,15 @@ def norm_rope_store(
 
 def rms_norm(x: Tensor, scale: Tensor, *, eps: float, implementation: str | None = None) -> Tensor:
     """`x / rms(x) * scale` over the last dimension: `[..., D]`, `[D]` -> `[..., D]`."""
-    return _function(implementation, "rms_norm", x)(x, scale, eps=eps)
+    if scale.shape != x.shape[-1:]:
+        raise ValueError(f"scale has shape {tuple(scale.shape)}; x {tuple(x.shape)} needs {tuple(x.shape[-1:])}")
+    return _function(implementation, "rms_norm", x, products=False)(x, scale, eps=eps)
 
 
 def swiglu_oai(
     gate: Tensor, up: Tensor, alpha: float, limit: float, beta: float = 1.0, *, implementation: str | None = None
 ) -> Tensor:
     """`g * sigmoid(alpha * g) * (u + beta)` of clamped gate and up, of any one shape."""
-    return _function(implementation, "swiglu_oai", gate)(gate, up, alpha, limit, beta)
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {tuple(gate.shape)} and up {tuple(up.shape)} must have one shape")
+    return _function(implementation, "swiglu_oai", gate, products=False)(gate, up, alpha, limit, beta)

@@ -27,7 +27,7 @@ TRITON_OPS = (
 )  # fmt: skip
 """Ops that have Triton kernels."""
 
-_TILED_OPS = ("paged_attention", "varlen_attention")
+_TILED_OPS = ("indexer_kl", "paged_attention", "varlen_attention")
 """Ops whose kernels in C need a processor that multiplies tiles."""
 
 NATIVE_OPS = (

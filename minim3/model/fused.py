@@ -23,7 +23,7 @@ from minim3.model.batch import ForwardBatch, LayerPages
 from minim3.model.decoder import Block, MiniMaxM3TextModel
 from minim3.model.decoding import Watch
 from minim3.model.layers import MiniMaxM3MLP, MiniMaxM3RMSNorm, PackedLinears, rotary_table
-from minim3.model.moe import MiniMaxM3Experts, MiniMaxM3MoE
+from minim3.model.moe import MiniMaxM3Experts, MiniMaxM3MoE, MiniMaxM3Router
 from minim3.model.mtp import MiniMaxM3MTPBlock
 from minim3.model.native_matrices import NoForm
 
@@ -197,9 +197,9 @@ class _Layer:
     def why_no_graph(self, pages: LayerPages) -> str | None:
         products = [self.project, self.attention.o_proj]
         products += [] if self.shared is None else [self.gate_up, self.shared.down_proj]
-        products += [] if self.moe is None else [self.moe.experts]
+        products += [] if self.moe is None else [self.moe.gate, self.moe.experts]
         for product in products:
-            if type(product) not in (PackedLinears, nn.Linear, MiniMaxM3Experts):
+            if type(product) not in (PackedLinears, nn.Linear, MiniMaxM3Router, MiniMaxM3Experts):
                 return f"{type(product).__name__} may ask the device"
         weight = self.before_mlp.weight
         q = torch.empty(1, self.heads[0], self.dim, dtype=weight.dtype, device=weight.device)

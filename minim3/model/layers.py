@@ -165,10 +165,16 @@ def apply_rotary(x: Tensor, freqs_cis: Tensor) -> Tensor:
 
 def norm_rotate(x: Tensor, norm: "MiniMaxM3RMSNorm", freqs_cis: Tensor) -> Tensor:
     """`apply_rotary(norm(x), freqs_cis)`, in one pass where there is a kernel for it and nothing else to run."""
-    one_pass = x.dim() == 3 and norm.gemma and not (norm._forward_hooks or norm._forward_pre_hooks)
+    one_pass = x.dim() == 3 and type(norm) is MiniMaxM3RMSNorm and norm.gemma and not has_hooks(norm)
     if one_pass and kernels.resolve(norm.backend, "norm_rope_store", x.device, x.dtype) == "triton":
         return kernels.norm_rope_store(x, norm.weight, freqs_cis, eps=norm.eps, implementation=norm.backend)
     return apply_rotary(norm(x), freqs_cis)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module is more than its `forward`."""
+    own = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(own) or nn.modules.module._has_any_global_hook()
 
 
 class _Rotate(torch.autograd.Function):

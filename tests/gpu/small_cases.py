@@ -112,7 +112,9 @@ def fused_errors(q: Tensor, k: Tensor, v: Tensor, turns: Tensor) -> dict[str, fl
     }
     found = {name: float((a.double() - b.double()).abs().max() / b.abs().max()) for name, (a, b) in pairs.items()}
     exact = torch.equal(ids, wanted_ids) and all(torch.equal(a, b) for a, b in zip(few[:5], many[:5]))
-    return found | {"route and sort, ids": 0.0 if exact else 1.0}
+    nan = torch.tensor([[1.0, float("nan")], [float("nan"), 1.0]], device=q.device)
+    shown = kernels.swiglu_oai(nan, nan.flip(0), 1.7, 0.5, implementation="triton").isnan().all()
+    return found | {"route and sort, ids": 0.0 if exact else 1.0, "NaN shows": 0.0 if shown else 1.0}
 
 
 def error(inputs: list[Tensor], run: Callable[..., object]) -> float:

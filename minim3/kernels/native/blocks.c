@@ -1,6 +1,7 @@
 /* Prompts: selection and attention of many queries, a block of keys at a time. Every function returns 0, or 1 where there
  * is no memory. */
 #include "products.h"
+#include "tile_alignment.h"
 #include "tile_blocks.h"
 
 #define ROWS 6    /* queries computed together */
@@ -214,4 +215,22 @@ int minim3_add_block_gradient(const float *both, float *sums, const int64_t *lis
         add_to_block(errors, items, queries, dim, block, grad_k, grad_stride);
     }
     return 0;
+}
+
+/* The alignment loss over one block of keys, added to `loss`, its gradient at the index queries of the rows that attend
+ * it, and at the index keys. Tiles are needed. queries: [rows, group, dim + 1] and index: [rows, index_dim + 1], whose
+ * last channel is minus the log-sum-exp; sums: [rows, index_dim]; keys: [block, dim + 1] and index_keys:
+ * [block, index_dim + 1], with ones in the last channel; grad_keys: [block, index_dim]. Other arguments as before. */
+int minim3_add_block_alignment(const float *queries, const float *index, float *sums, const int64_t *listed,
+                               int64_t first, int64_t count, int64_t group, int64_t dim, int64_t index_dim,
+                               const float *keys, const float *index_keys, float *grad_keys, int64_t block,
+                               int64_t shift, double *loss) {
+#if HAVE_TILES
+    const Rows rows = {listed, first, count, 1, shift};
+    return tile_add_alignment(queries, index, sums, rows, group, dim, index_dim, keys, index_keys, grad_keys, block, loss);
+#else
+    (void)queries, (void)index, (void)sums, (void)listed, (void)first, (void)count, (void)group, (void)dim;
+    (void)index_dim, (void)keys, (void)index_keys, (void)grad_keys, (void)block, (void)shift, (void)loss;
+    return 1;
+#endif
 }

@@ -3,7 +3,7 @@
 The rest is that of the portable kernels, and so is everything that has no form in C.
 """
 
-from ctypes import c_int64, c_void_p
+from ctypes import byref, c_double, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from minim3.kernels import native
-from minim3.kernels.portable import attention, paged, select
+from minim3.kernels.portable import alignment, attention, paged, select
 from minim3.kernels.portable.products import BlockKernels, Rows
 
 
@@ -83,6 +83,25 @@ def add_gradient(
     return True
 
 
+def add_alignment(
+    queries: Tensor, index: Tensor, sums: Tensor, rows: Rows, keys: Tensor, index_keys: Tensor, grad_keys: Tensor,
+    shift: int | None = None,
+) -> float:  # fmt: skip
+    """`BlockKernels.add_alignment`."""
+    size, group, dim, index_dim = keys.shape[0], queries.shape[1], keys.shape[1] - 1, index_keys.shape[1] - 1
+    assert all(x.is_contiguous() for x in (queries, index, sums, keys, index_keys, grad_keys))
+    assert queries.shape[2] == dim + 1, (queries.shape, dim)
+    assert index.shape[1:] == (1, index_dim + 1), (index.shape, index_dim)
+    loss = c_double(0.0)
+    _run(
+        "minim3_add_block_alignment", c_void_p(queries.data_ptr()), c_void_p(index.data_ptr()),
+        c_void_p(sums.data_ptr()), *_listed(rows), c_int64(group), c_int64(dim), c_int64(index_dim),
+        c_void_p(keys.data_ptr()), c_void_p(index_keys.data_ptr()), c_void_p(grad_keys.data_ptr()), c_int64(size),
+        c_int64(size if shift is None else shift), byref(loss),
+    )  # fmt: skip
+    return loss.value
+
+
 def _run(function: str, *args: Any) -> None:
     if getattr(native.library(), function)(*args):
         raise MemoryError(f"{function}: there is no memory to lay out a block of keys")
@@ -92,7 +111,7 @@ def _any_keys(dim: int, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 and native.tiles() and _takes(dim)
 
 
-BLOCKS = BlockKernels(add_block, add_gradient, _any_keys)
+BLOCKS = BlockKernels(add_block, add_gradient, add_alignment, _any_keys)
 
 
 def _has_form(size: int, dim: int, shift: int | None) -> bool:
@@ -143,3 +162,8 @@ def varlen_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
 def paged_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
     """See the reference."""
     return paged.paged_attention(*args, **kwargs, blocks=BLOCKS)
+
+
+def indexer_kl(*args: Any, **kwargs: Any) -> Tensor:
+    """See the reference."""
+    return alignment.indexer_kl(*args, **kwargs, blocks=BLOCKS)

@@ -67,6 +67,39 @@ static void panels_of_columns(const float *const *rows, int64_t count, int64_t c
         }
 }
 
+/* Panels of A, 16 columns of x each: `rows` of `columns` numbers, `stride` apart. */
+static void panels_turned(const float *x, int64_t stride, int64_t rows, int64_t columns, bf16 *to) {
+    const int64_t size = filled(rows) / DEPTH * STEP;
+    for (int64_t d = 0; d < filled(columns); d += SIDE)
+        for (int64_t k = 0; k < filled(rows); k += DEPTH) {
+            vec line[2][SIDE];
+            for (int half = 0; half < 2; half++) {
+                for (int64_t i = 0; i < SIDE; i++) {
+                    const int64_t row = k + half * SIDE + i;
+                    line[half][i] = load_within(x + row * stride, d, row < rows ? columns : 0);
+                }
+                turn_lanes((__m512i *)line[half]);
+            }
+            for (int64_t i = 0; i < SIDE; i++)
+                pack_line(line[0][i], line[1][i], i, to + d / SIDE * size + k / DEPTH * STEP);
+        }
+}
+
+/* to[r][d + i] += found[i][r], for `count` rows and the dimensions from `d` up to `dim`. */
+static void add_turned(const float *found, float *const *to, int64_t count, int64_t d, int64_t dim) {
+    for (int64_t i = 0; i < least(ITEMS, dim - d); i += SIDE)
+        for (int half = 0; half < 2; half++) {
+            __m512i lane[SIDE];
+            for (int j = 0; j < SIDE; j++)
+                lane[j] = (__m512i)load(found + (i + j) * ITEMS + half * SIDE);
+            turn_lanes(lane);
+            for (int64_t j = 0; j < least(SIDE, count - half * SIDE); j++) {
+                float *grad = to[half * SIDE + j] + d + i;
+                store(grad, load(grad) + (vec)lane[j]);
+            }
+        }
+}
+
 static int tile_block_maxima(const float *rows, int64_t count, int64_t dim, const float *keys, int64_t blocks,
                               int64_t block, float *out, int64_t ld) {
     const int64_t size = filled(dim) / DEPTH * STEP, steps = size / STEP;
@@ -202,19 +235,7 @@ static int tile_add_block_gradient(const float *both, float *sums, Rows rows, in
     memset(to_keys, 0, 8 * width * wide);
     panels(0, keys, stride, block, dim, panel[0]);
     panels(0, values, stride, block, dim, panel[1]);
-    for (int64_t d = 0; d < wide; d += SIDE)
-        for (int64_t k = 0; k < width; k += DEPTH) {
-            vec line[2][SIDE];
-            for (int half = 0; half < 2; half++) {
-                for (int64_t i = 0; i < SIDE; i++) {
-                    const int64_t key = k + half * SIDE + i;
-                    line[half][i] = load_within(keys + key * stride, d, key < block ? dim : 0);
-                }
-                turn_lanes((__m512i *)line[half]);
-            }
-            for (int64_t i = 0; i < SIDE; i++)
-                pack_line(line[0][i], line[1][i], i, panel[2] + d / SIDE * by_block + k / DEPTH * STEP);
-        }
+    panels_turned(keys, stride, block, dim, panel[2]);
     configure_tiles();
     for (int64_t item = 0; item < items; item += MANY) {
         const int64_t rr = least(MANY, items - item);
@@ -287,17 +308,7 @@ static int tile_add_block_gradient(const float *both, float *sums, Rows rows, in
                 zero_tiles();
                 multiply_panels(panel[2] + d / SIDE * by_block, by_block, panel[9] + r / SIDE * by_block, by_block, used / DEPTH);
                 store_tiles(found, ITEMS);
-                for (int64_t i = 0; i < least(ITEMS, dim - d); i += SIDE)
-                    for (int half = 0; half < 2; half++) {
-                        __m512i lane[SIDE];
-                        for (int j = 0; j < SIDE; j++)
-                            lane[j] = (__m512i)load(found + (i + j) * ITEMS + half * SIDE);
-                        turn_lanes(lane);
-                        for (int64_t j = 0; j < least(SIDE, rr - r - half * SIDE); j++) {
-                            float *grad = to[r + half * SIDE + j] + d + i;
-                            store(grad, load(grad) + (vec)lane[j]);
-                        }
-                    }
+                add_turned(found, to + r, rr - r, d, dim);
             }
     }
     _tile_release();

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from minim3.kernels.portable import products
 from minim3.kernels.portable.buckets import make_buckets, split_short
+from minim3.kernels.portable.products import BlockKernels
 from minim3.kernels.portable.threads import run_all
 from minim3.kernels.sequences import Lengths, Span, at_least_fp32, query_positions, sequence_spans
 
@@ -24,14 +25,14 @@ _HIDDEN = -1e30
 def indexer_kl(
     q: Tensor, k: Tensor, index_q: Tensor, index_k: Tensor, block_indices: Tensor | None, cu_seqlens_q: Lengths,
     cu_seqlens_k: Lengths, *, q_offset: Lengths | None = None, block_size: int, scale: float | None = None,
-    index_scale: float | None = None, lse: Tensor | None = None,
+    index_scale: float | None = None, lse: Tensor | None = None, blocks: BlockKernels | None = None,
 ) -> Tensor:  # fmt: skip
-    """See the reference."""
+    """See the reference. `blocks`: another way to compute what long documents do to blocks of keys."""
     spans = sequence_spans(cu_seqlens_q, cu_seqlens_k, q_offset, num_queries=q.shape[0], num_keys=k.shape[0])
     dtype = at_least_fp32(index_q.dtype)
     work = Work(
         spans, block_size, q.shape[-1] ** -0.5 if scale is None else scale,
-        index_q.shape[-1] ** -0.5 if index_scale is None else index_scale,
+        index_q.shape[-1] ** -0.5 if index_scale is None else index_scale, blocks,
     )  # fmt: skip
     q, k = q.detach().to(dtype), k.detach().to(dtype)
     lse = None if lse is None else lse.detach().to(dtype)
@@ -43,6 +44,7 @@ class Work(NamedTuple):
     block_size: int
     scale: float
     index_scale: float
+    blocks: BlockKernels | None
 
 
 class _IndexerKL(torch.autograd.Function):
@@ -158,17 +160,23 @@ def _long_piece(
     keys, index_keys = products.extend(k[seen]), products.extend(index_k[seen, None])[0]
     grad_keys = grad_k.new_zeros(k.shape[1], *grad_k[seen].shape)  # the heads share these keys, and run side by side
     losses = index_q.new_zeros(k.shape[1], dtype=torch.float64)
-    group = q.shape[1] // k.shape[1]
+    group, blocks = q.shape[1] // k.shape[1], work.blocks
+    if blocks is not None and not all(blocks.any_keys(x.shape[-1], x.dtype) for x in (q, index_q)):
+        blocks = None
+    longest = torch.linalg.vector_norm(index_k[seen], dim=-1).amax()[None]
 
     def head(h: int, at: slice, choice: products.Choice) -> None:
         heads = slice(h * group, (h + 1) * group)
         main, index = _extended(q[at, heads], work.scale), _extended(index_q[at, h : h + 1], work.index_scale)
-        _subtract_log_sum_exp(index, index_keys, choice)
+        own = index_k[span.k_start + choice.offset :][: index.shape[0]]
+        if blocks is None or not _subtract_by_blocks(index, own, longest, index_keys, choice, blocks):
+            _subtract_log_sum_exp(index, index_keys, choice)
         if lse is None:
             _subtract_log_sum_exp(main, keys[h], choice)
         else:
             torch.neg(lse[at, heads], out=main[..., -1])
-        part, part_q = _tile(main, index, keys[h], index_keys, choice, grad_keys[h])
+        tile = _tile if blocks is None else partial(_tile_by_blocks, blocks)
+        part, part_q = tile(main, index, keys[h], index_keys, choice, grad_keys[h])
         grad_q[at, h] = part_q.mul_(work.index_scale)
         losses[h] += part
 
@@ -203,6 +211,34 @@ def _subtract_log_sum_exp(rows: Tensor, keys: Tensor, choice: products.Choice) -
         total = torch.logaddexp(products.take(lse, chosen), scores.logsumexp(-1).view(-1, group))
         lse[chosen] = total
     torch.neg(lse, out=rows[..., -1])
+
+
+def _subtract_by_blocks(
+    rows: Tensor, own: Tensor, longest: Tensor, keys: Tensor, choice: products.Choice, blocks: BlockKernels
+) -> bool:
+    """As `_subtract_log_sum_exp`, relative to scores with the `own` keys `[R, D]`; False where these are too small."""
+    plain = rows[..., :-1]
+    reference = products.references(plain, own[:, None], 1.0)
+    if not all(products.within_reach(plain, reference, longest, 1.0)):
+        return False
+    torch.neg(reference, out=rows[..., -1])
+    sums = torch.zeros_like(rows)
+    for chosen, seen, shift in products.all_parts(choice, rows.shape[0]):
+        done = blocks.add(rows, sums, chosen, keys[seen], keys[seen, :-1], shift)
+        assert done, "a form for any keys"
+    rows[..., -1] -= sums[..., -1].log_()
+    return True
+
+
+def _tile_by_blocks(
+    blocks: BlockKernels, main: Tensor, index: Tensor, keys: Tensor, index_keys: Tensor, choice: products.Choice,
+    grad_keys: Tensor,
+) -> tuple[float, Tensor]:  # fmt: skip
+    """As `_tile`."""
+    loss, sums = 0.0, main.new_zeros(main.shape[0], index.shape[2] - 1)
+    for chosen, seen, shift in products.all_parts(choice, main.shape[0]):
+        loss += blocks.add_alignment(main, index, sums, chosen, keys[seen], index_keys[seen], grad_keys[seen], shift)
+    return loss, sums
 
 
 def _tile(

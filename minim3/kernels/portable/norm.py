@@ -31,7 +31,7 @@ class _Normalize(torch.autograd.Function):
         dtype = at_least_fp32(x.dtype)
         normed, grad = x.to(dtype) * inverse, grad.to(dtype)
         product = grad * normed
-        grad_scale = product.view(-1, x.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
+        grad_scale = product.reshape(-1, x.shape[-1]).sum(0) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, grad_scale, None
         with torch.autocast(x.device.type, enabled=False):  # the product is to stay in fp32

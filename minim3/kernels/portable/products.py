@@ -113,12 +113,16 @@ class BlockKernels(NamedTuple):
     add: from queries `[R, G, E]`, to sums of the same shape, for rows, with keys `[block, E]` and values `[block, D]`.
     add_gradient: from queries beside gradients `[R, G, 2, E]`, to sums `[R, G, D]`, for rows, with keys and values
     `[block, E]`, and to the gradients of these, `[block, D]`.
-    any_keys: for dimension D and a dtype, whether both take any number of keys, and the rows' own block: with `shift`,
+    add_alignment: from queries `[R, G, E]` and index queries `[R, 1, F]`, whose last channels are minus their
+    log-sum-exps, to sums `[R, F - 1]`, for rows, with keys `[block, E]` and index keys `[block, F]`, and to the
+    gradient of these, `[block, F - 1]`; returns the loss. Only where `any_keys` says so of both dimensions.
+    any_keys: for dimension D and a dtype, whether all take any number of keys, and the rows' own block: with `shift`,
     row r sees key r + shift of the block and those before it.
     """
 
     add: Callable[..., bool]
     add_gradient: Callable[..., bool]
+    add_alignment: Callable[..., float]
     any_keys: Callable[[int, torch.dtype], bool]
 
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from minim3.kernels.triton.keys import power_of_two, precision, row_offsets
 from minim3.kernels.triton.routing import Sorted, sort_by_expert
-from minim3.kernels.triton.swiglu import swiglu_gradient
+from minim3.kernels.triton.swiglu import limited, swiglu_gradient
 
 
 @triton.jit
@@ -52,8 +52,7 @@ def _gate_up_kernel(
             tl.store(target, gate.to(gate_up.dtype.element_ty), mask=mask)
             tl.store(target + WIDTH, up.to(gate_up.dtype.element_ty), mask=mask)
         if LIMITED:
-            gate = tl.minimum(gate, limit)
-            up = tl.minimum(tl.maximum(up, -limit), limit)
+            gate, up = limited(gate, up, limit)
         value = gate / (1.0 + tl.exp(-alpha * gate)) * (up + beta)
         tl.store(
             act + row_offsets(first + within, WIDTH)[:, None] + column[None, :], value.to(act.dtype.element_ty),

@@ -72,7 +72,7 @@ def rms_norm(x: Tensor, scale: Tensor, *, eps: float) -> Tensor:
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
-        x, dim = x.contiguous(), x.shape[-1]
+        x, scale, dim = x.contiguous(), scale.contiguous(), x.shape[-1]
         out = torch.empty_like(x)
         rows = x.numel() // max(dim, 1)
         inverse = torch.empty(rows, dtype=torch.float32, device=x.device)

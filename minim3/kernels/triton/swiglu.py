@@ -14,6 +14,12 @@ from minim3.kernels.triton.keys import power_of_two, row_offsets
 
 
 @triton.jit
+def limited(gate, up, limit):
+    """min(gate, limit) and clamp(up, -limit, limit). NaN stays, which minima and maxima of a GPU would drop."""
+    return tl.where(gate > limit, limit, gate), tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
+
+
+@triton.jit
 def _swiglu_kernel(
     gate, up, out, stride_gate, stride_up, alpha, limit, beta,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, LIMITED: tl.constexpr,
@@ -24,8 +30,7 @@ def _swiglu_kernel(
     g = tl.load(gate + row_offsets(row, stride_gate) + column, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row_offsets(row, stride_up) + column, mask=mask, other=0.0).to(tl.float32)
     if LIMITED:
-        g = tl.minimum(g, limit)
-        u = tl.minimum(tl.maximum(u, -limit), limit)
+        g, u = limited(g, u, limit)
     value = g / (1.0 + tl.exp(-alpha * g)) * (u + beta)
     tl.store(out + row_offsets(row, WIDTH) + column, value.to(out.dtype.element_ty), mask=mask)
 
@@ -36,8 +41,7 @@ def swiglu_gradient(raw_gate, raw_up, grad, alpha, limit, beta, LIMITED: tl.cons
     g = raw_gate
     u = raw_up
     if LIMITED:
-        g = tl.minimum(g, limit)
-        u = tl.minimum(tl.maximum(u, -limit), limit)
+        g, u = limited(g, u, limit)
     u += beta
     sigmoid = 1.0 / (1.0 + tl.exp(-alpha * g))
     gated = g * sigmoid
@@ -79,17 +83,17 @@ def _forward(gate: Tensor, up: Tensor, alpha: float, limit: float, beta: float) 
     if out.numel():
         gate, up = _rows(gate), _rows(up)
         _swiglu_kernel[_grid(gate)](
-            gate, up, out, gate.stride(-2), up.stride(-2), float(alpha), float(limit), float(beta),
+            gate, up, out, gate.stride(0), up.stride(0), float(alpha), float(limit), float(beta),
             **_shape(gate, limit),
         )  # fmt: skip
     return out
 
 
 def _rows(x: Tensor) -> Tensor:
-    """Rows `[R, F]` as they lie where their last dimension is contiguous: halves of a product need no copy."""
+    """`[R, F]`, as they lie where that is so and their last dimension is contiguous: halves of a product."""
     if x.dim() == 2 and x.stride(1) == 1:
         return x
-    return x.contiguous() if x.dim() > 1 else x.contiguous().view(1, -1)
+    return x.contiguous().view(-1, x.shape[-1])
 
 
 def _grid(x: Tensor) -> tuple[int, int]:
@@ -119,7 +123,7 @@ class _SwigluOAI(torch.autograd.Function):
         if gate.numel():
             gate, up = _rows(gate), _rows(up)
             _gradient_kernel[_grid(gate)](
-                gate, up, grad.contiguous(), *grads, gate.stride(-2), up.stride(-2), *ctx.activation,
+                gate, up, grad.contiguous(), *grads, gate.stride(0), up.stride(0), *ctx.activation,
                 **_shape(gate, ctx.activation[1]),
             )  # fmt: skip
         return *grads, None, None, None
