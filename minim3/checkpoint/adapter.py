@@ -199,7 +199,7 @@ def read_adapter(path: str | Path) -> Adapter:
         if folder.exists():
             raise ValueError(f"adapter {path} is a file; an adapter is a folder with {CONFIG_FILE} and {TENSOR_FILE}")
         try:
-            folder = resolve_checkpoint(path)
+            folder = resolve_checkpoint(path, "adapter")
         except ValueError as error:
             raise ValueError(f"adapter {path} cannot be had: {error}") from error
     for name in (CONFIG_FILE, TENSOR_FILE):

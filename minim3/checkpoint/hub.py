@@ -12,28 +12,29 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _WANTED = ("*.json", "*.safetensors", "*.jinja", "*.txt")
 
 
-def resolve_checkpoint(path_or_hub_id: str | Path) -> Path:
+def resolve_checkpoint(path_or_hub_id: str | Path, kind: str = "checkpoint") -> Path:
     """A local folder (or one safetensors file) as it is; a hub id `owner/name` as its downloaded snapshot.
 
     With HF_HUB_OFFLINE=1, or without a network, the snapshot in the hub's cache is used. Raises `ValueError` when there
-    is neither.
+    is neither, which speaks of a `kind` of folder.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
         return path
     if path.exists():
-        raise ValueError(f"{path} is neither a checkpoint folder nor a .safetensors file")
+        raise ValueError(f"{path} is neither a {kind} folder nor a .safetensors file")
     name = str(path_or_hub_id)
     if not _HUB_ID.fullmatch(name):
-        raise ValueError(f"checkpoint folder {name} does not exist (and is no hub id of the form owner/name)")
+        raise ValueError(f"{kind} folder {name} does not exist (and is no hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(_WANTED)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{name} is not a local folder, and could not be had from the hub: {reason}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
+        what = f"{name} is not a local folder, and could not be had from the hub (offline?)"
+        raise ValueError(f"{what}: {reason}") from error
 
 
 def read_config(path: str | Path) -> MiniMaxM3VLConfig | MiniMaxM3VLTextConfig:

@@ -112,8 +112,10 @@ def _download_config(source: str) -> Path:
     try:
         return Path(hf_hub_download(source, "config.json")).parent
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{source} is not a local folder, and could not be had from the hub: {reason}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].removeprefix("Got: ")
+        raise ValueError(
+            f"{source} is not a local folder, and could not be had from the hub (offline?): {reason}"
+        ) from error
 
 
 def _read_headers(folder: Path) -> dict[str, Any]:

@@ -98,7 +98,8 @@ def process_videos(
         try:
             processed = processor(videos=[clip], video_metadata=[known], return_metadata=True, **resize)
         except ValueError as error:
-            raise ValueError(f"video {index + 1} of {len(clips)} in the prompt: {error}") from error
+            reason = str(error).removeprefix("video 1 of 1: ")  # of those the processor was given
+            raise ValueError(f"video {index + 1} of {len(clips)} in the prompt: {reason}") from error
         grid = processed["video_grid_thw"]
         pixel_values.append(processed["pixel_values_videos"])
         grids.append(grid)
