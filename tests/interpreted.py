@@ -7,6 +7,7 @@ tests (fixture `interpreted`), and at no other time: tests of the choice of an i
 import os
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -17,11 +18,30 @@ if torch.cuda.is_available():
     pytest.skip("on a GPU tests/gpu runs the kernels themselves", allow_module_level=True)
 with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
     pytest.importorskip("triton")
+    import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpretedFunction
 
     from minim3.kernels.triton import select as _select
 
 assert isinstance(_select._score_kernel, InterpretedFunction), "Triton was imported before, without its interpreter"
+
+
+_create_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _dot_of_bf16_too(self: Any, a: Any, b: Any, *others: Any) -> Any:
+    """The interpreter holds bf16 as integers, and would multiply those. A GPU multiplies exactly, and sums in fp32."""
+    wide = []
+    for x in (a, b):
+        if x.dtype.scalar == tl.bfloat16:
+            data = interpreter._convert_float(x.data, tl.bfloat16, tl.float32, None).view("float32")
+            x = interpreter.TensorHandle(data, tl.float32)
+        wide.append(x)
+    return _create_dot(self, *wide, *others)
+
+
+interpreter.InterpreterBuilder.create_dot = _dot_of_bf16_too  # type: ignore[method-assign]
 
 
 @pytest.fixture(autouse=True)
