@@ -36,10 +36,11 @@ _MOST_SPLITS = 64
 @triton.jit
 def _split_kernel(
     q, k, v, blocks, sequences, tiles, page_table, part_out, part_lse, stride_q, stride_q_head, stride_blocks,
-    stride_blocks_head, stride_table, page_size, stride_page, stride_token, stride_head, scale_log2, steps_per_split,
+    stride_blocks_head, stride_table, page_size, stride_page, stride_token, stride_head, scale_log2, splits,
+    steps_per_split,
     COLUMNS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, TOPK: tl.constexpr, SPLITS: tl.constexpr,
-    SPARSE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, TOPK: tl.constexpr, SPARSE: tl.constexpr,
+    PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query, one KV head, one part of its keys: out and log-sum-exp (to the base 2) of that part.
 
@@ -72,7 +73,7 @@ def _split_kernel(
         else:
             # The parts of a short sequence are as many as those of a long one, and shorter.
             steps = position // KEYS + 1
-            each = (steps + SPLITS - 1) // SPLITS
+            each = (steps + splits - 1) // splits
             low = split * each
             high = tl.minimum(low + each, steps)
             chosen = blocks
@@ -100,7 +101,7 @@ def _split_kernel(
         some = total > 0.0
         acc = acc / tl.where(some, total, 1.0)[:, None]
         channel = tl.arange(0, BLOCK_D)
-        target = row_offsets(packed * (KV_HEADS * GROUP) + head, SPLITS) + split
+        target = row_offsets(packed * (KV_HEADS * GROUP) + head, splits) + split
         real = row < GROUP
         tl.store(
             part_out + (target * D)[:, None] + channel[None, :], acc, mask=real[:, None] & (channel < D)[None, :]
@@ -110,22 +111,22 @@ def _split_kernel(
 
 @triton.jit
 def _merge_kernel(
-    part_out, part_lse, out, lse, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr, LN2: tl.constexpr,
+    part_out, part_lse, out, lse, splits, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+    LN2: tl.constexpr,
 ):  # fmt: skip
     """One query head: the parts weighted by their share of the softmax."""
     row = tl.program_id(0)
     split = tl.arange(0, SPLITS_PADDED)
     channel = tl.arange(0, BLOCK_D)
-    source = row_offsets(row, SPLITS) + split
-    part = tl.load(part_lse + source, mask=split < SPLITS, other=float("-inf"))
+    source = row_offsets(row, splits) + split
+    part = tl.load(part_lse + source, mask=split < splits, other=float("-inf"))
     top = tl.max(part, 0)
     some = top > float("-inf")
     share = tl.exp2(part - tl.where(some, top, 0.0))
     total = tl.where(some, tl.sum(share, 0), 1.0)
     outs = tl.load(
         part_out + (source * D)[:, None] + channel[None, :],
-        mask=((split < SPLITS) & (part > float("-inf")))[:, None] & (channel < D)[None, :], other=0.0,
+        mask=((split < splits) & (part > float("-inf")))[:, None] & (channel < D)[None, :], other=0.0,
     )  # fmt: skip
     merged = tl.sum(outs * (share / total)[:, None], 0)
     tl.store(out + row_offsets(row, D) + channel, merged.to(out.dtype.element_ty), mask=channel < D)
@@ -164,14 +165,14 @@ def decode(
     _split_kernel[tiles.shape[0], kv_heads, splits](
         q, k_pages, v_pages, ids, layout.table, tiles, part_out=part_out, part_lse=part_lse, stride_q=q.stride(0),
         stride_q_head=q.stride(1), stride_blocks=ids.stride(0), stride_blocks_head=ids.stride(1) if sparse else 0,
-        scale_log2=scale * LOG2_E, steps_per_split=per_split, COLUMNS=layout.table.shape[1], KV_HEADS=kv_heads,
-        GROUP=group, ROWS=max(16, group), D=dim, BLOCK_D=block_d, KEYS=keys, STEPS=steps, TOPK=topk, SPLITS=splits,
+        scale_log2=scale * LOG2_E, splits=splits, steps_per_split=per_split, COLUMNS=layout.table.shape[1],
+        KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, group), D=dim, BLOCK_D=block_d, KEYS=keys, STEPS=steps, TOPK=topk,
         SPARSE=sparse, PRECISION=precision(q.dtype), num_warps=4,
         num_stages=stages(2 * keys * block_d * q.element_size(), 3),
         **Pages(k_pages, page_table, keys).arguments,
     )  # fmt: skip
     _merge_kernel[queries * heads,](
-        part_out, part_lse, out, lse, D=dim, BLOCK_D=block_d, SPLITS=splits, SPLITS_PADDED=power_of_two(splits),
+        part_out, part_lse, out, lse, splits, D=dim, BLOCK_D=block_d, SPLITS_PADDED=power_of_two(splits),
         LN2=LN_2, num_warps=2,
     )  # fmt: skip
     return out, lse
