@@ -69,3 +69,23 @@ def test_nothing_is_read_that_no_query_sees() -> None:
     assert torch.isfinite(index_q.grad).all()
     assert torch.isfinite(index_k.grad).all()
     assert not index_k.grad[30:].any()
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_nan_shows(which: int, warm_up: bool) -> None:
+    """In queries or keys of teacher or student: a loss that hid it would train on what is spoilt."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(*shape, generator=generator) for shape in ((40, 2, 16), (40, 1, 16), (40, 1, 16), (40, 16))]
+    inputs[which][20] = float("nan")
+    q, k, index_q, index_k = inputs
+    ids = None if warm_up else random_ids([0, 40], [0, 40], 1, 16, 3)
+    if ids is None:
+        _, lse = kernels.varlen_attention(q, k, k, [0, 40], [0, 40], implementation="triton")
+    else:
+        _, lse = kernels.block_sparse_attention(q, k, k, ids, [0, 40], [0, 40], block_size=16, implementation="triton")
+    for known in (None, lse):
+        loss = kernels.indexer_kl(
+            q, k, index_q, index_k, ids, [0, 40], [0, 40], block_size=16, lse=known, implementation="triton"
+        )
+        assert loss.isnan()

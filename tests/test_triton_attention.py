@@ -121,6 +121,37 @@ def test_queries_gathered_block_by_block(page_size: int | None, monkeypatch: pyt
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("what", ["key", "value", "query"])
+def test_nan_shows_where_it_is_seen(what: str) -> None:
+    """Empty parts are left out of a merge by their sums: a part whose sum is NaN is not empty."""
+    cu = [0, 40]
+    q, k, v = tensors(cu, cu, 1, 4, 32)
+    {"key": k, "value": v, "query": q}[what][25] = float("nan")
+    ids = torch.arange(40)[:, None, None].div(16, rounding_mode="floor").int()  # everybody's own block
+    ids = torch.cat([torch.zeros_like(ids).masked_fill_(ids == 0, -1), ids], -1)
+    spoilt = torch.zeros(40, dtype=torch.bool)
+    spoilt[25 : 26 if what == "query" else 32] = True
+    out, _ = kernels.block_sparse_attention(q, k, v, ids, cu, cu, block_size=16, implementation="triton")
+    assert out[spoilt].isnan().all()
+    # A value meets the zero shares of earlier queries of its block, as in any product.
+    apart = torch.arange(40).div(16, rounding_mode="floor") != 1 if what == "value" else ~spoilt
+    assert not out[apart].isnan().any()
+    dense, _ = kernels.varlen_attention(q, k, v, cu, cu, implementation="triton")
+    assert dense[spoilt].isnan().all()
+    assert not dense[:16].isnan().any()
+    (k_pages, table), (v_pages, _) = in_pages(k, cu, 16), in_pages(v, cu, 16)
+    for token in (25, 31, 33):
+        run = table, [token + 1], ids[token : token + 1], [0, 1]
+        one, _ = kernels.block_sparse_attention_paged(
+            q[token : token + 1], k_pages, v_pages, *run, block_size=16, implementation="triton"
+        )
+        assert one.isnan().all() == spoilt[token]
+        one, _ = kernels.paged_attention(
+            q[token : token + 1], k_pages, v_pages, *run[:2], [0, 1], implementation="triton"
+        )
+        assert one.isnan().all() == (token == 25 or what != "query")
+
+
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
 def test_pitfall_10_low_precision_stays_near_fp32(dtype: torch.dtype, error: float) -> None:
     """Masks are boolean and sums fp32; the error is that of rounding shares and results."""

@@ -162,9 +162,9 @@ def _query_kernel(
             log_sum = tl.load(known_lse + flat, mask=used, other=float("inf")) * LOG2E
             log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum)
         else:
-            log_sum = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
+            log_sum = tl.where(total != 0.0, top + tl.log2(tl.where(total != 0.0, total, 1.0)), float("inf"))
         index_log_sum = tl.where(
-            index_total > 0.0, index_top + tl.log2(tl.where(index_total > 0.0, index_total, 1.0)), float("inf")
+            index_total != 0.0, index_top + tl.log2(tl.where(index_total != 0.0, index_total, 1.0)), float("inf")
         )
         losses = tl.zeros([TOKENS], tl.float32)
         acc = tl.zeros([TOKENS, BLOCK_INDEX_D], tl.float32)
@@ -185,7 +185,7 @@ def _query_kernel(
             shares = tl.exp2(scores - log_sum[:, None])
             teacher = tl.sum(tl.reshape(shares, [TOKENS, GROUP, KEYS]), 1) / GROUP
             log_student = index_scores - index_log_sum[:, None]
-            some = teacher > 0.0
+            some = teacher != 0.0
             gap = tl.log2(tl.where(some, teacher, 1.0)) - tl.where(some, log_student, 0.0)
             losses += tl.sum(tl.where(some, teacher * gap, 0.0), 1)
             slope = tl.exp2(log_student) - teacher

@@ -48,7 +48,7 @@ def _part(
     finite = tl.where(top == float("-inf"), 0.0, top)
     shares = tl.exp2(scores * scale_log2 - finite[:, None])
     total = tl.sum(shares, 1)
-    some = total > 0.0
+    some = total != 0.0
     total = tl.where(some, total, 1.0)
     out = tl.dot(shares.to(values.dtype), values, input_precision=PRECISION) / total[:, None]
     return out, tl.where(some, top + tl.log2(total), float("-inf"))
@@ -150,7 +150,7 @@ def _merge_kernel(
         part = tl.load(parts + (source * D)[:, None] + channel[None, :], mask=mask, other=0.0)
         acc += part.to(tl.float32) * share[:, None]
         total += share
-    some = total > 0.0
+    some = total != 0.0
     total = tl.where(some, total, 1.0)
     target = row_offsets(first_query + token, KV_HEADS * GROUP) + kv_head * GROUP + member
     tl.store(

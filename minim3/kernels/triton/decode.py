@@ -98,7 +98,7 @@ def _split_kernel(
             values = load_keys(v, offsets, seen, D, BLOCK_D, True).to(query.dtype)
             acc = tl.dot(shares.to(values.dtype), values, acc * faded[:, None], input_precision=PRECISION)
             top = higher
-        some = total > 0.0
+        some = total != 0.0  # NaN is something, and shows
         acc = acc / tl.where(some, total, 1.0)[:, None]
         channel = tl.arange(0, BLOCK_D)
         target = row_offsets(packed * (KV_HEADS * GROUP) + head, splits) + split
@@ -121,12 +121,12 @@ def _merge_kernel(
     source = row_offsets(row, splits) + split
     part = tl.load(part_lse + source, mask=split < splits, other=float("-inf"))
     top = tl.max(part, 0)
-    some = top > float("-inf")
+    some = top != float("-inf")
     share = tl.exp2(part - tl.where(some, top, 0.0))
     total = tl.where(some, tl.sum(share, 0), 1.0)
     outs = tl.load(
         part_out + (source * D)[:, None] + channel[None, :],
-        mask=((split < splits) & (part > float("-inf")))[:, None] & (channel < D)[None, :], other=0.0,
+        mask=((split < splits) & (part != float("-inf")))[:, None] & (channel < D)[None, :], other=0.0,
     )  # fmt: skip
     merged = tl.sum(outs * (share / total)[:, None], 0)
     tl.store(out + row_offsets(row, D) + channel, merged.to(out.dtype.element_ty), mask=channel < D)

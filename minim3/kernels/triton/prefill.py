@@ -157,7 +157,7 @@ def _forward_kernel(
                     member, acc, top, total, scale_log2, D, BLOCK_D, KEYS, True, CAUSAL, SPARSE, PAGED, ONE_PAGE,
                     PRECISION,
                 )  # fmt: skip
-        some = total > 0.0
+        some = total != 0.0
         acc = acc / tl.where(some, total, 1.0)[:, None]
         channel = tl.arange(0, BLOCK_D)
         target = row_offsets(first_query + token, KV_HEADS * GROUP) + head
