@@ -2,6 +2,7 @@
 
 The layer of `attention_prefill`, random selection. Its cost over selected keys grows with the length, over all keys
 with its square. As in training, the teacher's log-sum-exps are those that attention has left; "alone" finds them again.
+"In PyTorch" are the portable kernels, in the place of C where there are tiles.
 """
 
 import statistics
@@ -34,11 +35,16 @@ def attended(layer: Layer, ids: Tensor | None) -> Tensor:
     return kernels.block_sparse_attention(layer.q, layer.k, layer.v, ids, cu, cu, block_size=BLOCK)[1]
 
 
-def align(layer: Layer, ids: Tensor | None, lse: Tensor | None = None) -> Callable[[], object]:
+def align(
+    layer: Layer, ids: Tensor | None, lse: Tensor | None = None, implementation: str | None = None
+) -> Callable[[], object]:
     index = [x.detach().requires_grad_() for x in (layer.index_q, layer.index_k)]
     cu = layer.cu_seqlens
     return lambda: torch.autograd.grad(
-        kernels.indexer_kl(layer.q, layer.k, *index, ids, cu, cu, block_size=BLOCK, lse=lse), index
+        kernels.indexer_kl(
+            layer.q, layer.k, *index, ids, cu, cu, block_size=BLOCK, lse=lse, implementation=implementation
+        ),
+        index,
     )
 
 
@@ -48,13 +54,16 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     claims: list[Claim] = []
-    lines: dict[str, dict[int, float]] = {"selected keys": {}, "selected keys, alone": {}, "all keys": {}}
+    kinds = "selected keys", "selected keys, alone", "selected keys, in PyTorch", "all keys"
+    lines: dict[str, dict[int, float]] = {kind: {} for kind in kinds}
     warm_up(lambda layer: align(layer, layer.select())())
     for length in options.lengths:
         layer = make_layer(length, "random")
         ids = layer.select()
-        sides = {"product": product(), "selected keys": align(layer, ids, attended(layer, ids))}
+        lse = attended(layer, ids)
+        sides = {"product": product(), "selected keys": align(layer, ids, lse)}
         sides["selected keys, alone"] = align(layer, ids)
+        sides["selected keys, in PyTorch"] = align(layer, ids, lse, "portable")
         if length <= options.longest_warm_up:
             sides["all keys"] = align(layer, None, attended(layer, None))
         seconds = alternate(sides, options.rounds, options.clock)

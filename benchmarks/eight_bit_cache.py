@@ -49,7 +49,7 @@ def layer_claims(length: int, queries: int) -> list[Claim]:
     return claims
 
 
-def pocket_claims(num_pictures: int, num_text: int, num_clips: int) -> list[Claim]:
+def pocket_claims(num_pictures: int, num_text: int) -> list[Claim]:
     claims, given = [], {}
     right: dict[str, dict[str, float]] = {}
     for name in ("auto", "fp8"):
@@ -62,7 +62,7 @@ def pocket_claims(num_pictures: int, num_text: int, num_clips: int) -> list[Clai
             return made[-1]
 
         with mock.patch("minim3.inference.generate.Engine", engine):
-            report = evaluate.evaluate(asked, num_pictures, num_clips, num_text_tasks=num_text)
+            report = evaluate.evaluate(asked, num_pictures, num_text_tasks=num_text)
         given[name] = asked.given
         assert made
         assert all((one.cache.dtype == torch.float8_e4m3fn) == (name == "fp8") for one in made)
@@ -85,12 +85,10 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=32, help="the last of them that attend")
     parser.add_argument("--pictures", type=int, default=400, help="picture questions to pocket")
     parser.add_argument("--text", type=int, default=90, help="text tasks to pocket")
-    parser.add_argument("--clips", type=int, default=50, help="questions about clips to pocket")
     options = parser.parse_args()
     torch.set_num_threads(2)
     publish(
-        layer_claims(options.length, options.queries) + pocket_claims(options.pictures, options.text, options.clips),
-        options.json,
+        layer_claims(options.length, options.queries) + pocket_claims(options.pictures, options.text), options.json
     )
 
 

@@ -29,6 +29,11 @@ class Format(StrEnum):
     mxfp8 = "mxfp8"
 
 
+class KVCacheDtype(StrEnum):
+    auto = "auto"
+    fp8 = "fp8"
+
+
 class Quantization(StrEnum):
     auto = "auto"
     none = "none"
@@ -274,8 +279,8 @@ def serve(
         int, typer.Option(min=0, metavar="N", help="Draft N tokens a step with the model's MTP modules.")
     ] = 0,
     kv_cache_dtype: Annotated[
-        str, typer.Option(metavar="[auto|fp8]", help="Keys and values: the model's dtype; 8 bits, with some loss.")
-    ] = "auto",
+        KVCacheDtype, typer.Option(help="Keys and values: the model's dtype; 8 bits, with some loss.")
+    ] = KVCacheDtype.auto,
     cuda_graphs: Annotated[bool, typer.Option(help="On a GPU, hold steps of decoding as CUDA graphs.")] = True,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, metavar="N", help="Most a request may ask for.")] = None,
     request_timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Longest a request may take.")] = 600.0,
@@ -317,7 +322,7 @@ def serve(
         "cors_origins": tuple(cors_origin or ()), "model_name": served_model_name, "thinking": thinking.value,
         "page": page, "look_inside": look_inside, "max_running": max_running, "max_waiting": max_waiting,
         "max_tokens_per_step": max_tokens_per_step, "num_pages": num_pages,
-        "speculative_tokens": speculative_tokens, "kv_cache_dtype": kv_cache_dtype, "cuda_graphs": cuda_graphs,
+        "speculative_tokens": speculative_tokens, "kv_cache_dtype": kv_cache_dtype.value, "cuda_graphs": cuda_graphs,
         "max_new_tokens": max_new_tokens,
         "request_seconds": request_timeout, "drain_seconds": drain_timeout, "allow_urls": allow_urls,
         "allowed_hosts": tuple(allowed_host or ()), "allow_priority": allow_priority,

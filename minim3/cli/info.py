@@ -219,7 +219,8 @@ def _kernels(device: str, dtype: str, config_dtype: str | None) -> dict[str, str
     where = choose_device(device)
     what = choose_dtype(dtype, where, config_dtype)
     choices = {op: kernels.choose(None, op, where, what) for op in KERNELS}
-    why = "; ".join(dict.fromkeys(choice.reason for choice in choices.values()))
+    reasons = dict.fromkeys(choice.reason for choice in choices.values())
+    why = "; ".join(r for r in reasons if not any(other.startswith(r + ",") for other in reasons))
     names = {op: choice.name for op, choice in choices.items()}
     return {"device": str(where), "dtype": str(what).removeprefix("torch."), "why": why, **names}
 

@@ -2,8 +2,8 @@
 
 A graph runs what was recorded, on the same memory: the inputs of a step are written into buffers, and its outputs lie
 in buffers. Shapes are fixed too, so there is a graph for each bucket of requests and of pages a request, recorded when
-it is first needed. What a bucket has too many is padding: requests of no tokens, whose new token is not stored, and
-which read nothing: their queries stand before position 0.
+it has been needed a few times. What a bucket has too many is padding: requests of length 0, whose new tokens are not
+stored, and which read nothing, since their queries stand before position 0.
 
 A graph holds the addresses of weights and pages: all are dropped when the model changes or the cache grows.
 

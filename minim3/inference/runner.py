@@ -27,7 +27,6 @@ from minim3.model.native_decoding import NativeDecodingModel, NativeHead
 if TYPE_CHECKING:
     from minim3.model.causal_lm import CausalLM
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -100,16 +99,18 @@ class Runner:
                 rows += range(len(token_ids) - len(draft_ids) - 1, len(token_ids))
         requests = [chunk.request for chunk in plan]
 
-        def make_batch() -> ForwardBatch:
-            positions_T, slots_T = torch.tensor([positions, slots], device=self.device)
-            return self.batch(requests, positions_T, lengths_q, lengths_k, slots_T)
-
         if self.graphs is not None and len(rows) == len(token_ids) and not any(map(_takes_features, plan)):
             hidden_TH = self.graphs.run(requests, token_ids, positions, slots, lengths_q, lengths_k)
             if hidden_TH is not None:
+
+                def make_batch() -> ForwardBatch:
+                    positions_T, slots_T = torch.tensor([positions, slots], device=self.device)
+                    return self.batch(requests, positions_T, lengths_q, lengths_k, slots_T)
+
                 return StepOutput(hidden_TH, self.head(hidden_TH), make_batch)
-        batch = make_batch()
-        embeds_TH = self._embed(torch.tensor(token_ids, device=self.device), plan)
+        ids_T, positions_T, slots_T = torch.tensor([token_ids, positions, slots], device=self.device)
+        batch = self.batch(requests, positions_T, lengths_q, lengths_k, slots_T)
+        embeds_TH = self._embed(ids_T, plan)
         hidden_TH = None if self.decoding is None else self.decoding.forward_packed(embeds_TH, batch)
         if hidden_TH is None:
             hidden_TH = self.model.text_model.forward_packed(embeds_TH, batch)

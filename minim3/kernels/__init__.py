@@ -98,7 +98,7 @@ def _choose(implementation: str | None, op: str, device_type: str, dtype: torch.
     # A step that is not run in C is put together from the other ops, whatever runs these.
     if implementation in _MODULES or (implementation == "triton" and op == "decoder_step"):
         choice = Choice(implementation, "requested")
-    elif implementation == "native" and op not in (*availability.NATIVE_OPS, "decoder_step"):
+    elif implementation == "native" and op not in availability.IN_C:
         choice = Choice("portable", "plain PyTorch: there is no kernel in C for it")
     elif implementation == "native" or (implementation is None and device_type == "cpu"):
         why_not = availability.why_not_native(op, device_type, dtype)
@@ -108,7 +108,7 @@ def _choose(implementation: str | None, op: str, device_type: str, dtype: torch.
             choice = Choice("native", "requested" if implementation else reason)
         elif implementation is None:
             reason = "plain PyTorch with its fused CPU operators"
-            if op in availability.NATIVE_OPS or op == "decoder_step":
+            if op in availability.IN_C:
                 reason = f"plain PyTorch, not C: {why_not}"
             choice = Choice("portable", reason)
         else:

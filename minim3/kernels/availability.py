@@ -35,6 +35,8 @@ NATIVE_OPS = (
 )  # fmt: skip
 """Ops that have kernels in C, besides whole steps of decoding."""
 
+IN_C = (*NATIVE_OPS, "decoder_step")
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BLOCK_SIZES = (16, 32, 64, 128)
 _MOST_DIM = 128
@@ -65,7 +67,7 @@ def why_not(op: str, device_type: str, dtype: torch.dtype) -> str | None:
 
 def why_not_native(op: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why no kernel in C runs `op` (or "decoder_step") on such a device in `dtype`, or None. Asking compiles them."""
-    if op not in (*NATIVE_OPS, "decoder_step"):
+    if op not in IN_C:
         return "there is no kernel in C for it"
     if device_type != "cpu":
         return "kernels in C run on the CPU"

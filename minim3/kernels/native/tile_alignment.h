@@ -27,8 +27,8 @@ static int tile_add_alignment(const float *queries, const float *index, float *s
                               int64_t dim, int64_t index_dim, const float *keys, const float *index_keys,
                               float *grad_keys, int64_t block, double *loss) {
     const int64_t size = dim + 1, index_size = index_dim + 1, width = filled(block), wide = filled(index_dim);
-    const int64_t steps = filled(dim) / DEPTH, index_steps = wide / DEPTH, item_steps = MANY / DEPTH;
-    const int64_t by_dim = steps * STEP, by_index = index_steps * STEP, by_item = item_steps * STEP;
+    const int64_t steps = filled(dim) / DEPTH, index_steps = wide / DEPTH;
+    const int64_t by_dim = steps * STEP, by_index = index_steps * STEP, by_item = MANY / DEPTH * STEP;
     const int64_t by_block = width / DEPTH * STEP;
     /* A: keys and index keys by dimension, index keys turned by key, differences by item. B: queries of a head and index
      * queries by dimension, index queries by item, differences by key. */
@@ -115,13 +115,7 @@ static int tile_add_alignment(const float *queries, const float *index, float *s
                 }
             }
         *loss += sum(total);
-        for (int64_t k = 0; k < used; k += ITEMS)
-            for (int64_t d = 0; d < wide; d += ITEMS) {
-                float *grad = to_keys + k * wide + d;
-                load_tiles(grad, wide);
-                multiply_panels(panel[3] + k / SIDE * by_item, by_item, panel[6] + d / SIDE * by_item, by_item, item_steps);
-                store_tiles(grad, wide);
-            }
+        add_products(panel[3], panel[6], by_item, to_keys, used, wide);
         for (int64_t r = 0; r < rr; r += ITEMS)
             for (int64_t d = 0; d < index_dim; d += ITEMS) {
                 zero_tiles();
@@ -132,11 +126,7 @@ static int tile_add_alignment(const float *queries, const float *index, float *s
             }
     }
     _tile_release();
-    for (int64_t k = 0; k < block; k++)
-        for (int64_t d = 0; d < index_dim; d += LANES) {
-            float *grad = grad_keys + k * index_dim + d;
-            store(grad, load(grad) + load(to_keys + k * wide + d));
-        }
+    add_rows(grad_keys, index_dim, to_keys, wide, block, index_dim);
     free(panel[0]);
     return 0;
 }

@@ -100,6 +100,23 @@ static void add_turned(const float *found, float *const *to, int64_t count, int6
         }
 }
 
+/* to[r][c] += A B for `rows` rows and `columns` columns, whole tiles: `size` numbers of bf16 a panel. */
+static void add_products(const bf16 *a, const bf16 *b, int64_t size, float *to, int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < rows; r += ITEMS)
+        for (int64_t c = 0; c < columns; c += ITEMS) {
+            load_tiles(to + r * columns + c, columns);
+            multiply_panels(a + r / SIDE * size, size, b + c / SIDE * size, size, size / STEP);
+            store_tiles(to + r * columns + c, columns);
+        }
+}
+
+/* to[r][c] += x[r][c]: rows `stride` and `wide` apart. */
+static void add_rows(float *to, int64_t stride, const float *x, int64_t wide, int64_t rows, int64_t columns) {
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t c = 0; c < columns; c += LANES)
+            store(to + r * stride + c, load(to + r * stride + c) + load(x + r * wide + c));
+}
+
 static int tile_block_maxima(const float *rows, int64_t count, int64_t dim, const float *keys, int64_t blocks,
                               int64_t block, float *out, int64_t ld) {
     const int64_t size = filled(dim) / DEPTH * STEP, steps = size / STEP;
@@ -221,8 +238,8 @@ static int tile_add_block_gradient(const float *both, float *sums, Rows rows, in
                                     const float *values, int64_t stride, float *grad_k, float *grad_v,
                                     int64_t grad_stride, int64_t block) {
     const int64_t size = dim + 1, items = rows.count * rows.group, width = filled(block), wide = filled(dim);
-    const int64_t steps = wide / DEPTH, key_steps = width / DEPTH, item_steps = MANY / DEPTH;
-    const int64_t by_dim = steps * STEP, by_block = key_steps * STEP, by_item = item_steps * STEP;
+    const int64_t steps = wide / DEPTH, key_steps = width / DEPTH;
+    const int64_t by_dim = steps * STEP, by_block = key_steps * STEP, by_item = MANY / DEPTH * STEP;
     /* A: keys and values by dimension, keys turned by key, weights and errors by item. B: queries and their gradients
      * by dimension and by item, errors by key. */
     const int64_t sizes[] = {width / SIDE * by_dim, width / SIDE * by_dim, wide / SIDE * by_block,
@@ -291,17 +308,8 @@ static int tile_add_block_gradient(const float *both, float *sums, Rows rows, in
                                   panel[9] + (r / SIDE + half) * by_block + k / DEPTH * STEP);
                 }
             }
-        for (int64_t k = 0; k < used; k += ITEMS)
-            for (int64_t d = 0; d < wide; d += ITEMS) {
-                float *grad = to_values + k * wide + d;
-                load_tiles(grad, wide);
-                multiply_panels(panel[3] + k / SIDE * by_item, by_item, panel[8] + d / SIDE * by_item, by_item, item_steps);
-                store_tiles(grad, wide);
-                grad = to_keys + k * wide + d;
-                load_tiles(grad, wide);
-                multiply_panels(panel[4] + k / SIDE * by_item, by_item, panel[7] + d / SIDE * by_item, by_item, item_steps);
-                store_tiles(grad, wide);
-            }
+        add_products(panel[3], panel[8], by_item, to_values, used, wide);
+        add_products(panel[4], panel[7], by_item, to_keys, used, wide);
         for (int64_t r = 0; r < rr; r += ITEMS)
             for (int64_t d = 0; d < dim; d += ITEMS) {
                 float found[ITEMS * ITEMS] __attribute__((aligned(64)));
@@ -312,11 +320,8 @@ static int tile_add_block_gradient(const float *both, float *sums, Rows rows, in
             }
     }
     _tile_release();
-    for (int64_t k = 0; k < block; k++)
-        for (int64_t d = 0; d < dim; d += LANES) {
-            store(grad_k + k * grad_stride + d, load(grad_k + k * grad_stride + d) + load(to_keys + k * wide + d));
-            store(grad_v + k * grad_stride + d, load(grad_v + k * grad_stride + d) + load(to_values + k * wide + d));
-        }
+    add_rows(grad_k, grad_stride, to_keys, wide, block, dim);
+    add_rows(grad_v, grad_stride, to_values, wide, block, dim);
     free(panel[0]);
     return 0;
 }

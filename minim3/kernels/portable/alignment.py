@@ -222,7 +222,7 @@ def _subtract_by_blocks(
     if not all(products.within_reach(plain, reference, longest, 1.0)):
         return False
     torch.neg(reference, out=rows[..., -1])
-    sums = torch.zeros_like(rows)
+    sums = torch.zeros_like(rows)  # of which the last channel alone is wanted
     for chosen, seen, shift in products.all_parts(choice, rows.shape[0]):
         done = blocks.add(rows, sums, chosen, keys[seen], keys[seen, :-1], shift)
         assert done, "a form for any keys"

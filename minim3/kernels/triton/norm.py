@@ -1,7 +1,7 @@
 """The norm over the last dimension and its gradient, a pass over memory each.
 
-The gradient of the scale is a sum over rows: a fixed number of programs each add up every so-manieth group of rows, and
-their sums are added in order, so that repetitions give the same bits.
+The gradient of the scale is a sum over rows: each of n programs adds up every n-th group of rows, and their sums are
+added in order, so that repetitions give the same bits.
 """
 
 # mypy: allow-untyped-defs
@@ -39,6 +39,15 @@ def _norm_kernel(
 
 
 @triton.jit
+def norm_gradient(grad, normed, factor, scale, D: tl.constexpr):
+    """(gradient of rows that `factor` norms, what they give the scale), fp32; `grad` is that of the scaled norm."""
+    product = grad * normed
+    # What points along a row itself drops out, since the norm takes it away.
+    along = tl.sum(product * scale[None, :], 1) / D
+    return factor * (grad * scale[None, :] - normed * along[:, None]), tl.sum(product, 0)
+
+
+@triton.jit
 def _gradient_kernel(
     x, scale, inverse, grad, grad_x, parts, num_rows, programs,
     ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -55,11 +64,8 @@ def _gradient_kernel(
         factor = tl.load(inverse + row, mask=row < num_rows, other=0.0)[:, None]
         normed = tl.load(x + place, mask=mask, other=0.0).to(tl.float32) * factor
         value = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
-        product = value * normed
-        total += tl.sum(product, 0)
-        # What points along x itself drops out, since the norm takes it away.
-        along = tl.sum(product * scales[None, :], 1) / D
-        found = factor * (value * scales[None, :] - normed * along[:, None])
+        found, given = norm_gradient(value, normed, factor, scales, D)
+        total += given
         tl.store(grad_x + place, found.to(grad_x.dtype.element_ty), mask=mask)
     tl.store(parts + row_offsets(program, D) + channel, total, mask=channel < D)
 

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from minim3.kernels.portable import rotation
 from minim3.kernels.reference import check_store
 from minim3.kernels.triton.keys import power_of_two, row_offsets, rows_contiguous
+from minim3.kernels.triton.norm import norm_gradient
 
 _HEADS_AT_ONCE = 8
 
@@ -224,11 +225,8 @@ def _gradient_kernel(
         if NORM:
             value = tl.load(x + base + channel[None, :], mask=mask, other=0.0).to(tl.float32)
             factor = tl.rsqrt(tl.sum(value * value, 1) / D + eps)[:, None]
-            normed = value * factor
-            product = found * normed
-            total += tl.sum(product, 0)
-            along = tl.sum(product * scale[None, :], 1) / D
-            found = factor * (found * scale[None, :] - normed * along[:, None])
+            found, given = norm_gradient(found, value * factor, factor, scale, D)
+            total += given
         tl.store(grad_x + base + channel[None, :], found.to(grad_x.dtype.element_ty), mask=mask)
     tl.store(parts + row_offsets(program, D) + channel, total, mask=channel < D)
 

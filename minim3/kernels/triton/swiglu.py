@@ -20,15 +20,22 @@ def limited(gate, up, limit):
 
 
 @triton.jit
-def _swiglu_kernel(
-    gate, up, out, stride_gate, stride_up, alpha, limit, beta,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, LIMITED: tl.constexpr,
-):  # fmt: skip
+def _gate_and_up(gate, up, stride_gate, stride_up, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """(row, columns, which of them exist, gate, up) of this program, both fp32."""
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < WIDTH
     g = tl.load(gate + row_offsets(row, stride_gate) + column, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row_offsets(row, stride_up) + column, mask=mask, other=0.0).to(tl.float32)
+    return row, column, mask, g, u
+
+
+@triton.jit
+def _swiglu_kernel(
+    gate, up, out, stride_gate, stride_up, alpha, limit, beta,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, LIMITED: tl.constexpr,
+):  # fmt: skip
+    row, column, mask, g, u = _gate_and_up(gate, up, stride_gate, stride_up, WIDTH, BLOCK)
     if LIMITED:
         g, u = limited(g, u, limit)
     value = g / (1.0 + tl.exp(-alpha * g)) * (u + beta)
@@ -59,11 +66,7 @@ def _gradient_kernel(
     gate, up, grad, grad_gate, grad_up, stride_gate, stride_up, alpha, limit, beta,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < WIDTH
-    g = tl.load(gate + row_offsets(row, stride_gate) + column, mask=mask, other=0.0).to(tl.float32)
-    u = tl.load(up + row_offsets(row, stride_up) + column, mask=mask, other=0.0).to(tl.float32)
+    row, column, mask, g, u = _gate_and_up(gate, up, stride_gate, stride_up, WIDTH, BLOCK)
     place = row_offsets(row, WIDTH) + column
     value = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
     _, of_gate, of_up = swiglu_gradient(g, u, value, alpha, limit, beta, LIMITED)
