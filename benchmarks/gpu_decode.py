@@ -27,7 +27,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384, 32768, 131072, 524288, 1048576])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--most", type=int, default=1 << 21, help="tokens of all sequences at most")
+    parser.add_argument("--most", type=int, default=1 << 23, help="tokens of all sequences at most")
     options = parser.parse_args()
     rate = copy_rate()
     claims = [Claim("copy of 4 GiB", None, rate / 1e9, "GB/s")]

@@ -11,13 +11,13 @@ from triton.runtime.errors import OutOfResources
 from benchmarks.gpu_timing import BLOCK, DIM, HEADS, KV_HEADS, TOPK, index_queries, milliseconds, randn
 from benchmarks.report import arguments
 from minim3 import kernels
-from minim3.kernels.triton import backward, layout, lists, prefill, select
+from minim3.kernels.triton import backward, by_key, layout, lists, prefill, select
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--length", type=int, default=32768)
-    parser.add_argument("--parts", nargs="+", default=["select", "forward", "queries", "keys"])
+    parser.add_argument("--parts", nargs="+", default=["select", "forward", "by_key", "queries", "keys"])
     options = parser.parse_args()
     length = options.length
     q, k, v = randn(length, HEADS, DIM), randn(length, KV_HEADS, DIM, seed=1), randn(length, KV_HEADS, DIM, seed=2)
@@ -30,13 +30,13 @@ def main() -> None:
         first, count = table.parts()[0]
         print("scores", milliseconds(lambda: table.score(first, count, 0.1, TOPK, False)), "ms of", len(table.parts()))
         print("selection", milliseconds(lambda: kernels.select_blocks(index_q, index_k, cu, cu, **run)), "ms")
-        for rows, chunk, warps in itertools.product((2, 4, 8, 16), (128, 256, 1024), (1, 2, 4)):
-            select._CHOOSE_ROWS, select._CHUNK, select._CHOOSE_WARPS = rows, chunk, warps
+        for rows, group, warps in itertools.product((2, 4, 8, 16), (1, 4, 8, 16), (1, 2, 4)):
+            select._CHOOSE_ROWS, select._GROUP, select._CHOOSE_WARPS = rows, group, warps
             attempt(
-                f"choose rows {rows} chunk {chunk} warps {warps}",
+                f"choose rows {rows} group {group} warps {warps}",
                 lambda: kernels.select_blocks(index_q, index_k, cu, cu, **run),
             )
-        select._CHOOSE_ROWS, select._CHUNK, select._CHOOSE_WARPS = 8, 1024, 4
+        select._CHOOSE_ROWS, select._GROUP, select._CHOOSE_WARPS = 8, None, 4
     for selection in ("random", "overlapping"):
         ids = kernels.select_blocks(index_queries(length, selection), index_k, cu, cu, **run)
         shape = {"page_table": None, "block_size": BLOCK, "scale": DIM**-0.5}
@@ -49,6 +49,13 @@ def main() -> None:
                 )
             prefill.SPARSE_KEYS, prefill.WARPS, prefill.STAGES = 64, None, None
         out, lse = prefill.forward(q, k, v, ids, where, **shape)
+        if "by_key" in options.parts:
+            for by_key.ROWS, by_key.WARPS, by_key.STAGES in itertools.product((64, 128), (4, 8), (1, 2, 3)):
+                attempt(
+                    f"by key {selection} rows {by_key.ROWS} warps {by_key.WARPS} stages {by_key.STAGES}",
+                    lambda: by_key.forward(q, k, v, ids, where, None, BLOCK, DIM**-0.5, out, lse),  # noqa: B023
+                )
+            by_key.ROWS, by_key.WARPS, by_key.STAGES = 64, 4, 2
         grad = torch.randn_like(out)
         delta = torch.empty_like(lse)
         found = lists.sparse_lists(ids, where, BLOCK)

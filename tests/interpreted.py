@@ -46,7 +46,8 @@ interpreter.InterpreterBuilder.create_dot = _dot_of_bf16_too  # type: ignore[met
 
 @pytest.fixture(autouse=True)
 def interpreted() -> Iterator[None]:
-    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
+    # A program for every row of scores is slow to interpret: one test of the selection asks for it.
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1"), mock.patch.object(_select, "_FEW_ROWS", 0):
         yield
 
 

@@ -1,9 +1,12 @@
-"""Selection in Triton, interpreted: exactly the reference's blocks, packed and paged, in one chunk and in many."""
+"""Selection in Triton, interpreted: exactly the reference's blocks, packed and paged, with groups of blocks or none."""
 
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minim3 import kernels
 from tests.interpreted import cumulative, in_pages, interpreted  # noqa: F401
@@ -24,14 +27,19 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("group", [None, 4])
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("block_size", "topk", "init", "local", "score_type"),
     [(16, 3, 0, 1, "max"), (16, 4, 1, 2, "lse"), (32, 1, 0, 0, "max"), (16, 9, 0, 1, "max")],
 )
 def test_selection_equals_reference(
-    case: str, block_size: int, topk: int, init: int, local: int, score_type: str
-) -> None:
+    case: str, block_size: int, topk: int, init: int, local: int, score_type: str, group: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    from minim3.kernels.triton import select
+
+    monkeypatch.setattr(select, "_GROUP", group)
     lengths_q, lengths_k, heads, dim = CASES[case]
     cu_q, cu_k = cumulative(lengths_q), cumulative(lengths_k)
     q, k = indexer(cu_q, cu_k, heads, dim, ties=score_type == "max")
@@ -44,6 +52,27 @@ def test_selection_equals_reference(
     pages, table = in_pages(k, cu_k, 48 if block_size == 16 else 16)
     paged = kernels.select_blocks_paged(q, pages, table, lengths_k, cu_q, implementation="triton", **run)
     assert torch.equal(paged, want)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.integers(0, 999), st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.booleans(), st.booleans(),
+    st.sampled_from([1, 3, 5, 1024]), st.sampled_from([0, 1 << 20]),
+)  # fmt: skip
+def test_the_best_blocks_lie_in_the_best_groups(
+    seed: int, group: int, topk: int, init: bool, local: bool, programs: int, few_rows: int
+) -> None:
+    """More groups than are chosen, equal scores, parts of the keys that groups do not divide, a program a row."""
+    from minim3.kernels.triton import select
+
+    count = 3 if few_rows else 9
+    q, k = indexer([0, count], [0, 400], 2, 16, ties=True, seed=seed)
+    run = {"block_size": 16, "topk_blocks": topk, "init_blocks": int(init and topk > 1), "local_blocks": int(local)}
+    where = [0, count], [0, 400]
+    want = kernels.select_blocks(q, k, *where, q_offset=[380 - 7 * (seed % 20)], implementation="reference", **run)
+    with mock.patch.multiple(select, _GROUP=group, _PROGRAMS=programs, _FEW_ROWS=few_rows):
+        got = kernels.select_blocks(q, k, *where, q_offset=[380 - 7 * (seed % 20)], implementation="triton", **run)
+    assert torch.equal(got, want)
 
 
 def test_pitfall_1_each_index_head_chooses_for_itself() -> None:
@@ -67,14 +96,14 @@ def test_pitfall_5_heads_and_tokens_keep_their_places() -> None:
 
 
 def test_pitfall_26_of_equal_blocks_the_lower_ids_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All scores equal: the answer is known. In chunks too, whose winners are merged, and for tables of few tiles."""
+    """All scores equal: the answer is known. In groups too, and for tables of few tiles."""
     from minim3.kernels.triton import select
 
     q, k = torch.ones(6, 2, 16), torch.ones(160, 16)
     run = {"block_size": 16, "topk_blocks": 4, "implementation": "triton"}
     want = torch.tensor([0, 1, 2, 9], dtype=torch.int32).expand(6, 2, 4)
     assert torch.equal(kernels.select_blocks(q, k, [0, 6], [0, 160], **run), want)
-    monkeypatch.setattr(select, "_CHUNK", 4)
+    monkeypatch.setattr(select, "_GROUP", 4)
     assert torch.equal(kernels.select_blocks(q, k, [0, 6], [0, 160], **run), want)
     q, k = indexer([0, 70], [0, 160], 2, 16, ties=True)
     run["topk_blocks"] = 5
@@ -93,7 +122,7 @@ def test_pitfall_17_nothing_is_read_that_no_query_sees(monkeypatch: pytest.Monke
         select.torch, "empty",
         lambda *shape, **like: empty(*shape, **like).fill_(2 if "int" in str(like["dtype"]) else 1e30),
     )  # fmt: skip
-    monkeypatch.setattr(select, "_CHUNK", 4)
+    monkeypatch.setattr(select, "_GROUP", 4)
     q, k = indexer([0, 30], [0, 120], 2, 16, ties=True)
     k[64:] = float("nan")
     run = {"block_size": 16, "topk_blocks": 3, "q_offset": [34], "implementation": "triton"}

@@ -1,7 +1,8 @@
 """Compiles every Triton kernel for a GPU that need not be there: `python tests/triton_compiler.py 90 bfloat16`.
 
 Each launch of the released shapes is compiled instead of run, for the given compute capability and dtype; a line says
-what it takes of registers and shared memory. What is launched is what the launching code makes of the shapes.
+what it takes of registers and shared memory. What is launched is what the launching code makes of the shapes. With
+`--loops`, lines below say what an iteration of each inner loop costs a multiprocessor of compute capability 9.0.
 """
 
 import inspect
@@ -42,7 +43,7 @@ TYPES = {
 T, HEADS, KV_HEADS, DIM, BLOCK, TOPK = 256, 64, 4, 128, 128, 16
 
 
-def compile_instead(capability: int, most_stack: int) -> None:
+def compile_instead(capability: int, most_stack: int, show_loops: bool = False) -> None:
     """From now on a launch compiles its kernel and does nothing else."""
     seen = set()
 
@@ -71,9 +72,10 @@ def compile_instead(capability: int, most_stack: int) -> None:
         made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         products = {name: made.asm["ptx"].count(name) for name in ("wgmma.mma", "mma.sync")}
         registers, stack = resources(made.asm["cubin"])
+        costs = loops(made.asm["cubin"], made.metadata.num_warps) if show_loops else []
         print(
             self.fn.__module__, self.fn.__name__, options, f"shared {made.metadata.shared}", f"registers {registers}",
-            products, flush=True,
+            products, *costs, sep=" ", flush=True,
         )  # fmt: skip
         if self.fn.__module__.endswith(("swiglu", "experts")):
             # They drop NaN, which then trains on unseen.
@@ -86,14 +88,49 @@ def compile_instead(capability: int, most_stack: int) -> None:
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers and bytes of stack of a thread."""
+    printed = dumped(cubin, "-res-usage")
+    found = re.search(r"REG:(\d+) STACK:(\d+)", printed)
+    assert found, printed
+    return int(found[1]), int(found[2])
+
+
+def dumped(cubin: bytes, what: str) -> str:
     tool = Path(triton.backends.nvidia.__file__).with_name("bin") / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
-    assert found, done.stdout
-    return int(found[1]), int(found[2])
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def loops(cubin: bytes, warps: int) -> list[str]:
+    """A line for each inner loop: cycles that an iteration keeps the tensor cores, the schedulers and the special
+    function units of a multiprocessor busy, if nothing else held them up.
+
+    2,048 multiply-adds of bf16 a cycle, one instruction a cycle in each of four schedulers, of which integer, compare
+    and conversion instructions take two, and 16 exponentials a cycle (CUDA C++ Programming Guide, throughput of
+    arithmetic instructions, 9.0).
+    """
+    code = []
+    for line in dumped(cubin, "-sass").splitlines():
+        found = re.match(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(.*?);", line)
+        if found:
+            code.append((int(found[1], 16), found[2]))
+    jumps = [(int(m[1], 16), at) for at, text in code if (m := re.search(r"^BRA.*0x([0-9a-f]+)", text))]
+    back = {(to, at) for to, at in jumps if to < at}
+    lines = []
+    for first, last in sorted(back):
+        if any((to, at) != (first, last) and first <= to and at <= last for to, at in back):
+            continue
+        names = [text.split()[0] for at, text in code if first <= at <= last]
+        tensor = sum(64 * int(m[1]) * int(m[2]) for x in names if (m := re.match(r"HGMMA\.64x(\d+)x(\d+)", x)))
+        tensor += sum(16 * 8 * 16 * 4 for x in names if x.startswith("HMMA.16816"))
+        slow = sum(bool(re.match(r"FMNMX|V?IMNMX|[FI]SET|F?SEL|V?IADD|LOP|LEA|SHF|PRMT|F2F|P2R", x)) for x in names)
+        special = sum(x.startswith("MUFU") for x in names)
+        lines.append(
+            f"\n    {len(names)} instructions: tensor cores {tensor * warps / 4 / 2048:.0f}, "
+            f"schedulers {(len(names) + slow) * warps / 4:.0f}, exponentials {special * 8 * warps / 4:.0f} cycles"
+        )
+    return lines
 
 
 def launch_all(dtype: torch.dtype, eight_bits: bool) -> None:
@@ -104,9 +141,10 @@ def launch_all(dtype: torch.dtype, eight_bits: bool) -> None:
     run = {"block_size": BLOCK, "topk_blocks": TOPK}
     for score_type in ("max", "lse"):
         select.select_blocks(index_q, index_k, cu, cu, score_type=score_type, **run)
-    select._CHUNK = 1
-    select.select_blocks(index_q, index_k, cu, cu, **run)
-    select._CHUNK = 1024
+    kept = select._GROUP, select._FEW_ROWS
+    for select._GROUP, select._FEW_ROWS in ((2, 0), (2, 1 << 20)):
+        select.select_blocks(index_q, index_k, cu, cu, **run)
+    select._GROUP, select._FEW_ROWS = kept
     where = layout.packed_layout(cu, cu, None, q, k)
     select.index_log_sum_exp(index_q, index_k, where, BLOCK, 0.1)
     for leaves in ([q, k, v], [x.clone().requires_grad_() for x in (q, k, v)]):
@@ -162,5 +200,6 @@ def launch_all(dtype: torch.dtype, eight_bits: bool) -> None:
 
 if __name__ == "__main__":
     # Exact products of fp32 hold whole rows in registers, and do spill.
-    compile_instead(int(sys.argv[1]), most_stack=1 << 16 if sys.argv[2] == "float32" else 128)
+    most = 1 << 16 if sys.argv[2] == "float32" else 128
+    compile_instead(int(sys.argv[1]), most_stack=most, show_loops="--loops" in sys.argv)
     launch_all(getattr(torch, sys.argv[2]), eight_bits=int(sys.argv[1]) >= 89 and sys.argv[2] != "float32")

@@ -44,9 +44,9 @@ def _query_step(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     within = tl.arange(0, KEYS)
-    offsets = key_offsets(start, within, first_key, num_keys - 1, k, 1, 0, stride_token, False, False)
+    place, offsets = key_offsets(start, within, first_key, num_keys - 1, k, 0, stride_token, 1, False, False)
     seen = start + within < num_keys
-    keys = load_keys(k, offsets, seen, D, BLOCK_D, MASKED)
+    keys = load_keys(k + place, offsets, seen, D, BLOCK_D, MASKED)
     scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
     # A row that did not choose the block has an infinite sum: its probabilities are zero.
     shares = tl.exp2(scores * scale_log2 - tl.where(member, log_sum, float("inf"))[:, None])
@@ -55,7 +55,7 @@ def _query_step(
         if CAUSAL:
             visible = visible & ((start + within)[None, :] <= position[:, None])
         shares = tl.where(visible, shares, 0.0)
-    values = load_keys(v, offsets, seen, D, BLOCK_D, MASKED)
+    values = load_keys(v + place, offsets, seen, D, BLOCK_D, MASKED)
     slope = shares * (tl.dot(grad, tl.trans(values), input_precision=PRECISION) - delta[:, None])
     return tl.dot(slope.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
@@ -63,11 +63,11 @@ def _query_step(
 @triton.jit
 def _query_kernel(
     q, k, v, grad_out, lse, deltas, grad_q, sequences, tiles, page_table, union_ids, union_members, union_counts,
-    stride_q, stride_q_head, stride_table, page_size, stride_page, stride_token, stride_head, scale, scale_log2,
+    stride_q, stride_q_head, stride_table, stride_page, stride_token, stride_head, scale, scale_log2,
     COLUMNS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, CANDIDATES: tl.constexpr,
-    CAUSAL: tl.constexpr, SPARSE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
-    LOG2E: tl.constexpr,
+    CAUSAL: tl.constexpr, SPARSE: tl.constexpr, PAGE_SIZE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr,
+    PRECISION: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
     """The walk of the forward pass, for grad_q."""
     tile = tl.program_id(0)

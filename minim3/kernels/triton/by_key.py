@@ -26,11 +26,12 @@ from minim3.kernels.triton.keys import (
 )
 from minim3.kernels.triton.layout import COLUMNS, Layout
 
-ROWS = 128
+ROWS = 64
 """Rows (queries times heads of a group) that meet a block at once."""
 
-WARPS = 8
+WARPS = 4
 STAGES = 2
+"""So that registers and shared memory hold two programs: one multiplies while the other takes exponents."""
 
 _PART_ELEMENTS = 1 << 30
 """Elements of the parts of one run of queries: 2 GiB in 16 bits."""
@@ -50,7 +51,7 @@ def _part(
     total = tl.sum(shares, 1)
     some = total != 0.0
     total = tl.where(some, total, 1.0)
-    out = tl.dot(shares.to(values.dtype), values, input_precision=PRECISION) / total[:, None]
+    out = tl.dot(shares.to(values.dtype), values, input_precision=PRECISION) * (1.0 / total)[:, None]
     return out, tl.where(some, top + tl.log2(total), float("-inf"))
 
 
@@ -83,10 +84,10 @@ def _step(
 @triton.jit
 def _block_kernel(
     q, k, v, parts, part_lse, sequences, order, starts, counts, segments, blocks, page_table, num_blocks, first_query,
-    stride_q, stride_q_head, stride_table, page_size, stride_page, stride_token, stride_head, scale_log2,
+    stride_q, stride_q_head, stride_table, stride_page, stride_token, stride_head, scale_log2,
     COLUMNS: tl.constexpr, HEADS_TOPK: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, SEGMENT: tl.constexpr, PAGED: tl.constexpr,
-    ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, SEGMENT: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment of the queries of one block."""
     segment = tl.program_id(0)
@@ -102,12 +103,13 @@ def _block_kernel(
         key = start + within
         lowest = tl.load(record + 4) - tl.load(record)
         limit = tl.minimum(tl.load(record + 3), tl.load(record + 4) + tl.load(record + 1)).to(tl.int32)
-        offsets = key_offsets(
-            start, within, tl.load(record + 2), limit - 1, page_table + sequence * stride_table, page_size,
-            stride_page, stride_token, PAGED, ONE_PAGE,
-        ) + tl.cast(kv_head, tl.int64) * stride_head  # fmt: skip
-        keys = load_keys(k, offsets, key < limit, D, BLOCK_D, True).to(q.dtype.element_ty)
-        values = load_keys(v, offsets, key < limit, D, BLOCK_D, True).to(q.dtype.element_ty)
+        place, offsets = key_offsets(
+            start, within, tl.load(record + 2), limit - 1, page_table + sequence * stride_table, stride_page,
+            stride_token, PAGE_SIZE, PAGED, ONE_PAGE,
+        )  # fmt: skip
+        place += row_offsets(kv_head, stride_head)
+        keys = load_keys(k + place, offsets, key < limit, D, BLOCK_D, True).to(q.dtype.element_ty)
+        values = load_keys(v + place, offsets, key < limit, D, BLOCK_D, True).to(q.dtype.element_ty)
         count = tl.minimum(SEGMENT, (tl.load(counts + which) - first).to(tl.int32))
         list_start = tl.load(starts + which) + first
         # Queries come in order: only the first few can lie in the block themselves, the others see all of it.

@@ -36,11 +36,11 @@ _MOST_SPLITS = 64
 @triton.jit
 def _split_kernel(
     q, k, v, blocks, sequences, tiles, page_table, part_out, part_lse, stride_q, stride_q_head, stride_blocks,
-    stride_blocks_head, stride_table, page_size, stride_page, stride_token, stride_head, scale_log2, splits,
+    stride_blocks_head, stride_table, stride_page, stride_token, stride_head, scale_log2, splits,
     steps_per_split,
     COLUMNS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, TOPK: tl.constexpr, SPARSE: tl.constexpr,
-    PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One query, one KV head, one part of its keys: out and log-sum-exp (to the base 2) of that part.
 
@@ -83,11 +83,11 @@ def _split_kernel(
                 id = tl.load(chosen + step // STEPS)
                 place = tl.where(id < 0, num_keys, (id * STEPS + step % STEPS) * KEYS)
             seen = place + within <= position
-            offsets = key_offsets(
-                tl.minimum(place, position // KEYS * KEYS), within, 0, num_keys - 1, table_row, page_size, stride_page,
-                stride_token, PAGED, ONE_PAGE,
+            base, offsets = key_offsets(
+                tl.minimum(place, position // KEYS * KEYS), within, 0, num_keys - 1, table_row, stride_page,
+                stride_token, PAGE_SIZE, PAGED, ONE_PAGE,
             )  # fmt: skip
-            keys = load_keys(k, offsets, seen, D, BLOCK_D, True).to(query.dtype)
+            keys = load_keys(k + base, offsets, seen, D, BLOCK_D, True).to(query.dtype)
             scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
             scores = tl.where(seen[None, :], scores, float("-inf"))
             higher = tl.maximum(top, tl.max(scores, 1) * scale_log2)
@@ -95,7 +95,7 @@ def _split_kernel(
             shares = tl.exp2(scores * scale_log2 - finite[:, None])
             faded = tl.exp2(top - finite)
             total = total * faded + tl.sum(shares, 1)
-            values = load_keys(v, offsets, seen, D, BLOCK_D, True).to(query.dtype)
+            values = load_keys(v + base, offsets, seen, D, BLOCK_D, True).to(query.dtype)
             acc = tl.dot(shares.to(values.dtype), values, acc * faded[:, None], input_precision=PRECISION)
             top = higher
         some = total != 0.0  # NaN is something, and shows

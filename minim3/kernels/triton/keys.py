@@ -14,24 +14,31 @@ LN_2 = 0.6931471805599453
 
 
 @triton.jit
+def row_offsets(positions, stride):
+    """int64 offsets of rows, whatever the type of `positions`: tables pass 2**31 elements."""
+    return tl.cast(positions, tl.int64) * stride
+
+
+@triton.jit
 def key_offsets(
-    start, within, first, last, table_row, page_size, stride_page, stride_token,
-    PAGED: tl.constexpr, ONE_PAGE: tl.constexpr,
+    start, within, first, last, table_row, stride_page, stride_token,
+    PAGE_SIZE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr,
 ):  # fmt: skip
-    """int64 offsets of the keys `start + within` of a sequence: packed from row `first` on, or in pages of its table.
+    """Where the keys `start + within` of a sequence lie, packed from row `first` on or in pages of its table: int64
+    offsets of a first place and of each key from there, which stay the same from one `start` to the next.
 
     Keys past the `last` one read a page of the sequence: the caller masks them. ONE_PAGE: the keys lie in one page.
     """
     if PAGED:
         if ONE_PAGE:
-            page = tl.load(table_row + start // page_size).to(tl.int64)
-            return page * stride_page + (start % page_size + within).to(tl.int64) * stride_token
+            page = tl.load(table_row + start // PAGE_SIZE).to(tl.int64)
+            return page * stride_page + row_offsets(start % PAGE_SIZE, stride_token), row_offsets(within, stride_token)
         else:
             position = start + within
-            page = tl.load(table_row + tl.minimum(position, last) // page_size).to(tl.int64)
-            return page * stride_page + (position % page_size).to(tl.int64) * stride_token
+            page = tl.load(table_row + tl.minimum(position, last) // PAGE_SIZE).to(tl.int64)
+            return tl.cast(0, tl.int64), page * stride_page + row_offsets(position % PAGE_SIZE, stride_token)
     else:
-        return (first + start + within).to(tl.int64) * stride_token
+        return row_offsets(first + start, stride_token), row_offsets(within, stride_token)
 
 
 @triton.jit
@@ -53,12 +60,6 @@ def load_keys(pointer, offsets, seen, D: tl.constexpr, BLOCK_D: tl.constexpr, MA
         return tl.load(pointers)
     else:
         return tl.load(pointers, mask=(channel < D)[None, :], other=0.0)
-
-
-@triton.jit
-def row_offsets(positions, stride):
-    """int64 offsets of rows, whatever the type of `positions`: tables pass 2**31 elements."""
-    return tl.cast(positions, tl.int64) * stride
 
 
 def power_of_two(n: int) -> int:
@@ -90,7 +91,7 @@ class Pages:
     @property
     def arguments(self) -> dict[str, Any]:
         return {
-            "page_table": self.table, "stride_table": self.stride_table, "page_size": self.page_size,
+            "page_table": self.table, "stride_table": self.stride_table, "PAGE_SIZE": self.page_size,
             "stride_page": self.stride_page, "stride_token": self.stride_token, "stride_head": self.stride_head,
             "PAGED": self.paged, "ONE_PAGE": self.one_page,
         }  # fmt: skip

@@ -52,18 +52,19 @@ STAGES: int | None = None
 
 @triton.jit
 def _attend(
-    query, k, v, start, first_key, num_keys, table_row, page_size, stride_page, stride_token, position, member, acc,
+    query, k, v, start, first_key, num_keys, table_row, stride_page, stride_token, position, member, acc,
     top, total, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, CAUSAL: tl.constexpr,
-    SPARSE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    SPARSE: tl.constexpr, PAGE_SIZE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, in powers of two, over KEYS keys from `start` on."""
     within = tl.arange(0, KEYS)
-    offsets = key_offsets(
-        start, within, first_key, num_keys - 1, table_row, page_size, stride_page, stride_token, PAGED, ONE_PAGE
+    place, offsets = key_offsets(
+        start, within, first_key, num_keys - 1, table_row, stride_page, stride_token, PAGE_SIZE, PAGED, ONE_PAGE
     )
     seen = start + within < num_keys
-    keys = load_keys(k, offsets, seen, D, BLOCK_D, MASKED).to(query.dtype)
+    keys = load_keys(k + place, offsets, seen, D, BLOCK_D, MASKED).to(query.dtype)
     scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
     if MASKED:
         if CAUSAL:
@@ -79,7 +80,7 @@ def _attend(
         shares = tl.exp2(scores * scale_log2 - higher[:, None])
         faded = tl.exp2(top - higher)
     total = total * faded + tl.sum(shares, 1)
-    values = load_keys(v, offsets, seen, D, BLOCK_D, MASKED).to(query.dtype)
+    values = load_keys(v + place, offsets, seen, D, BLOCK_D, MASKED).to(query.dtype)
     acc = acc * faded[:, None]
     acc = tl.dot(shares.to(values.dtype), values, acc, input_precision=PRECISION)
     return acc, higher, total
@@ -88,11 +89,11 @@ def _attend(
 @triton.jit
 def _forward_kernel(
     q, k, v, out, lse, sequences, tiles, page_table, union_ids, union_members, union_counts, stride_q, stride_q_head,
-    stride_table, page_size, stride_page, stride_token, stride_head, scale_log2,
+    stride_table, stride_page, stride_token, stride_head, scale_log2,
     COLUMNS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, CANDIDATES: tl.constexpr,
-    CAUSAL: tl.constexpr, SPARSE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
-    LN2: tl.constexpr,
+    CAUSAL: tl.constexpr, SPARSE: tl.constexpr, PAGE_SIZE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr,
+    PRECISION: tl.constexpr, LN2: tl.constexpr,
 ):  # fmt: skip
     """A block is STEPS times KEYS keys."""
     tile = tl.program_id(0)
@@ -140,9 +141,9 @@ def _forward_kernel(
                 place = (tl.load(union_ids + base + step // STEPS) * STEPS + step % STEPS) * KEYS
                 member = used & (((tl.load(union_members + base + step // STEPS) >> token) & 1) != 0)
             acc, top, total = _attend(
-                query, k, v, place, first_key, num_keys, table_row, page_size, stride_page, stride_token, position,
-                member, acc, top, total, scale_log2, D, BLOCK_D, KEYS, False, CAUSAL, SPARSE, PAGED, ONE_PAGE,
-                PRECISION,
+                query, k, v, place, first_key, num_keys, table_row, stride_page, stride_token, position,
+                member, acc, top, total, scale_log2, D, BLOCK_D, KEYS, False, CAUSAL, SPARSE, PAGE_SIZE,
+                PAGED, ONE_PAGE, PRECISION,
             )  # fmt: skip
         for step in tl.range(complete, steps):
             member = used
@@ -153,9 +154,9 @@ def _forward_kernel(
                 member = member & (place <= position)
             if place < num_keys:
                 acc, top, total = _attend(
-                    query, k, v, place, first_key, num_keys, table_row, page_size, stride_page, stride_token, position,
-                    member, acc, top, total, scale_log2, D, BLOCK_D, KEYS, True, CAUSAL, SPARSE, PAGED, ONE_PAGE,
-                    PRECISION,
+                    query, k, v, place, first_key, num_keys, table_row, stride_page, stride_token, position,
+                    member, acc, top, total, scale_log2, D, BLOCK_D, KEYS, True, CAUSAL, SPARSE, PAGE_SIZE,
+                    PAGED, ONE_PAGE, PRECISION,
                 )  # fmt: skip
         some = total != 0.0
         acc = acc / tl.where(some, total, 1.0)[:, None]

@@ -2,9 +2,10 @@
 
 A program scores a run of tokens with all index heads against one block of keys after another and keeps one number a
 block: a score table `[blocks, rows]` of bounded size, never `[heads, tokens, keys]`. Rows are (token, head) pairs of
-runs of tokens. Then each row's best blocks are taken one by one, which makes the order of ties exact; long rows in
-chunks whose winners are merged. The same two passes serve packed prefill, paged prefill and decoding, where the keys
-are split over many programs instead of the tokens.
+runs of tokens. Beside it stands the best score of each group of adjacent blocks. The K best blocks of a row lie in its
+K best groups (were one elsewhere, the best of each of these K groups would come before it), so first groups are chosen,
+then blocks among those of these groups: one by one, which makes the order of ties exact. The same two passes serve
+packed prefill, paged prefill and decoding, where the keys are split over many programs instead of the tokens.
 """
 
 # mypy: allow-untyped-defs
@@ -17,7 +18,16 @@ from torch import Tensor
 from minim3.kernels.device_plan import DevicePlan
 from minim3.kernels.portable.plan import PagedPlan
 from minim3.kernels.sequences import Lengths, check_selection
-from minim3.kernels.triton.keys import Pages, key_offsets, power_of_two, precision, row_offsets, rows_contiguous, stages
+from minim3.kernels.triton.keys import (
+    LOG2_E,
+    Pages,
+    key_offsets,
+    power_of_two,
+    precision,
+    row_offsets,
+    rows_contiguous,
+    stages,
+)
 from minim3.kernels.triton.layout import Layout, packed_layout, paged_layout
 
 _TABLE_SCORES = 1 << 27
@@ -29,19 +39,33 @@ _PROGRAMS = 1024
 _NONE = 1 << 30
 """A block id that is none: larger than any."""
 
+_FEW_ROWS = 2048
+"""Up to so many rows of scores (decoding) each gets a program of one warp; of more, each program takes several."""
+
+_CHOOSE_ROWS = 8
+"""Rows searched by one program where there are many: 32 bytes of each line of the table."""
+
+_CHOOSE_WARPS = 4
+
+_SEARCHED = 8192
+"""Scores that a program of several rows holds at most."""
+
+_GROUP: int | None = None
+"""Blocks of a group, a power of two; None: by how many there are."""
+
 
 @triton.jit
 def _score_block(
-    query, k, start, within, first, num_keys, table_row, page_size, stride_page, stride_token, position, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, LSE: tl.constexpr, MASKED: tl.constexpr, PAGED: tl.constexpr,
-    ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    query, k, start, within, first, num_keys, table_row, stride_page, stride_token, position, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, LSE: tl.constexpr, MASKED: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr, LOG2E: tl.constexpr,
 ):  # fmt: skip
     """Scores `[rows]` of one block; MASKED where a row may not see all of its keys."""
     channel = tl.arange(0, BLOCK_D)
-    offset = key_offsets(
-        start, within, first, num_keys - 1, table_row, page_size, stride_page, stride_token, PAGED, ONE_PAGE
+    place, offset = key_offsets(
+        start, within, first, num_keys - 1, table_row, stride_page, stride_token, PAGE_SIZE, PAGED, ONE_PAGE
     )
-    pointers = k + offset[:, None] + channel[None, :]
+    pointers = k + place + offset[:, None] + channel[None, :]
     if MASKED:
         keys = tl.load(pointers, mask=(start + within < num_keys)[:, None] & (channel < D)[None, :], other=0.0)
     elif D == BLOCK_D:
@@ -51,25 +75,30 @@ def _score_block(
     scores = tl.dot(query, tl.trans(keys.to(query.dtype)), input_precision=PRECISION)
     if MASKED:
         scores = tl.where((start + within)[None, :] <= position[:, None], scores, float("-inf"))
+    top = tl.max(scores, 1)
     if LSE:
-        scores *= scale
-        top = tl.max(scores, 1)
-        finite = tl.where(top == float("-inf"), 0.0, top)
-        total = tl.sum(tl.exp(scores - finite[:, None]), 1)
-        return tl.where(top == float("-inf"), top, finite + tl.log(tl.where(top == float("-inf"), 1.0, total)))
+        scale_log2 = scale * LOG2E
+        none = top == float("-inf")
+        finite = tl.where(none, 0.0, top * scale_log2)
+        total = tl.sum(tl.exp2(scores * scale_log2 - finite[:, None]), 1)
+        return tl.where(none, top, (finite + tl.log2(tl.where(none, 1.0, total))) / LOG2E)
     else:
-        return tl.max(scores, 1) * scale
+        return top * scale
 
 
 @triton.jit
 def _score_kernel(
-    q, k, scores, sequences, tiles, page_table, stride_q, stride_q_head, stride_table, page_size, stride_page,
-    stride_token, stride_head, scale, num_rows, first_tile, blocks_per_split,
+    q, k, scores, group_scores, sequences, tiles, page_table, stride_q, stride_q_head, stride_table,
+    stride_page, stride_token, stride_head, scale, num_rows, first_tile, blocks_per_split,
     COLUMNS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, ENOUGH: tl.constexpr, LSE: tl.constexpr,
-    PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, ENOUGH: tl.constexpr,
+    LSE: tl.constexpr, PAGE_SIZE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    LOG2E: tl.constexpr,
 ):  # fmt: skip
-    """scores `[blocks, num_rows]` of one run of tokens and one part of the keys; ENOUGH blocks or less need none."""
+    """scores `[blocks, num_rows]` of one run of tokens and one part of the keys; ENOUGH blocks or less need none.
+
+    group_scores `[groups, num_rows]`: the best of each GROUP blocks; a part begins with a group.
+    """
     tile = tl.program_id(0)
     split = tl.program_id(1)
     sequence = tl.load(tiles + 2 * (first_tile + tile))
@@ -100,35 +129,41 @@ def _score_kernel(
             within = tl.arange(0, BLOCK_SIZE)
             table_row = page_table + sequence.to(tl.int64) * stride_table
             target = scores + tile * ROWS + row
+            target_of_groups = group_scores + tile * ROWS + row
+            best = tl.full([ROWS], float("-inf"), tl.float32)
             complete = tl.maximum(tl.minimum(high, (lowest + 1) // BLOCK_SIZE), low)
             for block in tl.range(low, complete):
                 found = _score_block(
-                    query, k, block * BLOCK_SIZE, within, first_key, num_keys, table_row, page_size, stride_page,
-                    stride_token, position, scale, D, BLOCK_D, LSE, False, PAGED, ONE_PAGE, PRECISION,
+                    query, k, block * BLOCK_SIZE, within, first_key, num_keys, table_row, stride_page,
+                    stride_token, position, scale, D, BLOCK_D, LSE, False, PAGE_SIZE, PAGED, ONE_PAGE, PRECISION, LOG2E,
                 )  # fmt: skip
                 tl.store(target + row_offsets(block, num_rows), found)
+                if GROUP > 1:
+                    best = tl.where(block % GROUP == 0, found, tl.maximum(best, found))
+                    tl.store(target_of_groups + row_offsets(block // GROUP, num_rows), best)
             for block in tl.range(complete, high):
                 found = _score_block(
-                    query, k, block * BLOCK_SIZE, within, first_key, num_keys, table_row, page_size, stride_page,
-                    stride_token, position, scale, D, BLOCK_D, LSE, True, PAGED, ONE_PAGE, PRECISION,
+                    query, k, block * BLOCK_SIZE, within, first_key, num_keys, table_row, stride_page,
+                    stride_token, position, scale, D, BLOCK_D, LSE, True, PAGE_SIZE, PAGED, ONE_PAGE, PRECISION, LOG2E,
                 )  # fmt: skip
                 tl.store(target + row_offsets(block, num_rows), found)
+                if GROUP > 1:
+                    best = tl.where(block % GROUP == 0, found, tl.maximum(best, found))
+                    tl.store(target_of_groups + row_offsets(block // GROUP, num_rows), best)
 
 
 @triton.jit
 def _best(values, ids, TOPK: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, NONE: tl.constexpr):
-    """The TOPK largest of `values` `[n, ROWS]`, ties by id: values and ids `[SLOTS, ROWS]`, then -inf and NONE."""
+    """The ids of the TOPK largest of `values` `[n, ROWS]`, ties by id: `[SLOTS, ROWS]`, then NONE."""
     slot = tl.arange(0, SLOTS)[:, None]
-    best_values = tl.full([SLOTS, ROWS], float("-inf"), tl.float32)
     best_ids = tl.full([SLOTS, ROWS], NONE, tl.int32)
     for i in range(TOPK):
         top = tl.max(values, 0)
         chosen = tl.min(tl.where(values == top[None, :], ids, NONE), 0)
         chosen = tl.where(top > float("-inf"), chosen, NONE)
-        best_values = tl.where(slot == i, top[None, :], best_values)
         best_ids = tl.where(slot == i, chosen[None, :], best_ids)
         values = tl.where(ids == chosen[None, :], float("-inf"), values)
-    return best_values, best_ids
+    return best_ids
 
 
 @triton.jit
@@ -163,58 +198,45 @@ def _rows_of(
 
 
 @triton.jit
-def _choose_kernel(
-    scores, sequences, tiles, out, part_values, part_ids, num_rows, first_tile, init_blocks, local_blocks,
-    COLUMNS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, TOKENS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, TOPK: tl.constexpr,
-    SLOTS: tl.constexpr, NONE: tl.constexpr, FINAL: tl.constexpr,
+def _chosen(
+    scores, ids, row, current, num_rows, init_blocks, local_blocks, BLOCKS: tl.constexpr, TOPK: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, NONE: tl.constexpr,
 ):  # fmt: skip
-    """The best blocks of a chunk of scores: to `out` if there is but one chunk, else to parts `[chunk, SLOTS, row]`."""
-    row, used, packed, head, position = _rows_of(
-        tiles, sequences, first_tile, ROWS, TILE_ROWS, HEADS, HEADS_PADDED, TOKENS, COLUMNS
-    )
-    chunk = tl.program_id(1)
-    ids = chunk * CHUNK + tl.arange(0, CHUNK)
-    current = tl.where(used, position // BLOCK_SIZE, -1)
-    if tl.max(current, 0) >= chunk * CHUNK:
-        visible = ids[:, None] <= current[None, :]
-        forced = (ids < init_blocks)[:, None] | (ids[:, None] > (current - local_blocks)[None, :])
-        forced = forced | (current < TOPK)[None, :]
-        values = tl.load(
-            scores + row_offsets(ids, num_rows)[:, None] + row[None, :], mask=visible & (forced == 0), other=0.0
-        )
-        values = tl.where(forced, float("inf"), values)
-        values = tl.where(visible, values, float("-inf"))
-        best_values, best_ids = _best(values, ids[:, None], TOPK, SLOTS, ROWS, NONE)
-        if FINAL:
-            _store_ascending(out, best_ids, row_offsets(packed * HEADS + head, TOPK), used, TOPK, SLOTS, NONE)
-        else:
-            slot = chunk * SLOTS + tl.arange(0, SLOTS)
-            target = row_offsets(slot, num_rows)[:, None] + row[None, :]
-            tl.store(part_values + target, best_values)
-            tl.store(part_ids + target, best_ids)
+    """The TOPK best `[SLOTS, ROWS]` of `ids`, `[n, ROWS]` or `[n, 1]`, each of BLOCKS blocks."""
+    first = ids * BLOCKS
+    visible = first <= current[None, :]
+    last = tl.minimum(first + BLOCKS - 1, current[None, :])
+    forced = (first < init_blocks) | (last > (current - local_blocks)[None, :]) | (current < TOPK)[None, :]
+    source = scores + row_offsets(ids, num_rows) + row[None, :]
+    values = tl.load(source, mask=visible & (forced == 0), other=0.0)
+    values = tl.where(forced, float("inf"), values)
+    return _best(tl.where(visible, values, float("-inf")), ids, TOPK, SLOTS, ROWS, NONE)
 
 
 @triton.jit
-def _merge_kernel(
-    sequences, tiles, out, part_values, part_ids, num_rows, first_tile,
+def _choose_kernel(
+    scores, group_scores, sequences, tiles, out, num_rows, first_tile, init_blocks, local_blocks,
     COLUMNS: tl.constexpr, HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, TOKENS: tl.constexpr,
-    TILE_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, ROWS: tl.constexpr, BLOCK_SIZE: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     TOPK: tl.constexpr, SLOTS: tl.constexpr, NONE: tl.constexpr,
 ):  # fmt: skip
-    """The best of the best blocks of all chunks."""
+    """The best of at most GROUPS groups, then the best blocks of these."""
     row, used, packed, head, position = _rows_of(
         tiles, sequences, first_tile, ROWS, TILE_ROWS, HEADS, HEADS_PADDED, TOKENS, COLUMNS
     )
-    highest = tl.max(tl.where(used, position // BLOCK_SIZE, -1), 0)
-    candidate = tl.arange(0, CHUNKS * SLOTS)
-    # Chunks that nobody sees were never written.
-    written = (candidate // SLOTS * CHUNK <= highest)[:, None] & used[None, :]
-    source = row_offsets(candidate, num_rows)[:, None] + row[None, :]
-    values = tl.load(part_values + source, mask=written, other=float("-inf"))
-    ids = tl.load(part_ids + source, mask=written, other=NONE)
-    _, best_ids = _best(values, ids, TOPK, SLOTS, ROWS, NONE)
-    _store_ascending(out, best_ids, row_offsets(packed * HEADS + head, TOPK), used, TOPK, SLOTS, NONE)
+    current = tl.where(used, position // BLOCK_SIZE, -1)
+    if tl.max(current, 0) >= 0:
+        ids = _chosen(
+            group_scores, tl.arange(0, GROUPS)[:, None], row, current, num_rows, init_blocks, local_blocks, GROUP, TOPK,
+            SLOTS, ROWS, NONE,
+        )  # fmt: skip
+        if GROUP > 1:
+            blocks = tl.where(ids == NONE, NONE, ids * GROUP)[:, None, :] + tl.arange(0, GROUP)[None, :, None]
+            blocks = tl.reshape(blocks, [SLOTS * GROUP, ROWS])
+            ids = _chosen(
+                scores, blocks, row, current, num_rows, init_blocks, local_blocks, 1, TOPK, SLOTS, ROWS, NONE
+            )
+        _store_ascending(out, ids, row_offsets(packed * HEADS + head, TOPK), used, TOPK, SLOTS, NONE)
 
 
 @triton.jit
@@ -244,9 +266,11 @@ def _row_lse_kernel(
 
 
 class _Table:
-    """The score table of a run of tiles, and how programs are laid over it."""
+    """The score table of a run of tiles and that of groups of blocks, and how programs are laid over them."""
 
-    def __init__(self, index_q: Tensor, keys: Tensor, page_table: Tensor | None, layout: Layout, block_size: int):
+    def __init__(
+        self, index_q: Tensor, keys: Tensor, page_table: Tensor | None, layout: Layout, block_size: int, topk: int = 0
+    ) -> None:
         self.q, self.keys, self.layout = rows_contiguous(index_q.detach()), rows_contiguous(keys.detach()), layout
         self.heads, self.dim = index_q.shape[1:]
         self.heads_padded = power_of_two(self.heads)
@@ -261,7 +285,10 @@ class _Table:
         self.tiles = layout.tiles(self.tokens)
         self.pages = Pages(self.keys, page_table, block_size)
         self.most_tiles = max(_TABLE_SCORES // (self.blocks * self.rows), 1)
-        self.chunk = min(power_of_two(self.blocks), _CHUNK)
+        # Searching n / group groups, then topk * group blocks, costs least where both are equal.
+        each = self.blocks // topk if topk else 1
+        self.group = _GROUP or 1 << (max(each, 1).bit_length() - 1) // 2
+        self.groups = -(-self.blocks // self.group)
         self.shape = {
             "COLUMNS": layout.table.shape[1], "HEADS": self.heads, "HEADS_PADDED": self.heads_padded,
             "TOKENS": self.tokens, "BLOCK_SIZE": block_size,
@@ -272,29 +299,25 @@ class _Table:
         count = self.tiles.shape[0]
         return [(first, min(self.most_tiles, count - first)) for first in range(0, count, self.most_tiles)]
 
-    def score(self, first: int, count: int, scale: float, enough: int, lse: bool) -> Tensor:
+    def score(self, first: int, count: int, scale: float, enough: int, lse: bool) -> tuple[Tensor, Tensor]:
+        """Scores `[blocks, rows]` and `[groups, rows]`."""
         scores = torch.empty(self.blocks, count * self.rows, dtype=torch.float32, device=self.q.device)
-        splits = min(-(-_PROGRAMS // count), self.blocks)
-        blocks_per_split = -(-self.blocks // splits)
+        of_groups = scores
+        if self.group > 1:
+            of_groups = torch.empty(self.groups, scores.shape[1], dtype=torch.float32, device=self.q.device)
+        splits = min(-(-_PROGRAMS // count), self.groups)
+        blocks_per_split = -(-self.groups // splits) * self.group
         block_d = max(power_of_two(self.dim), 16)
         _score_kernel[count, -(-self.blocks // blocks_per_split)](
-            self.q, self.keys, scores, self.layout.table, self.tiles, stride_q=self.q.stride(0),
+            self.q, self.keys, scores, of_groups, self.layout.table, self.tiles, stride_q=self.q.stride(0),
             stride_q_head=self.q.stride(1), scale=scale, num_rows=scores.shape[1], first_tile=first,
             blocks_per_split=blocks_per_split, ROWS=self.rows, D=self.dim, BLOCK_D=block_d,
-            ENOUGH=enough, LSE=lse, PRECISION=precision(self.q.dtype), num_warps=8 if self.rows >= 128 else 4,
+            GROUP=self.group, ENOUGH=enough, LSE=lse, PRECISION=precision(self.q.dtype), LOG2E=LOG2_E,
+            num_warps=8 if self.rows >= 128 else 4,
             num_stages=stages(self.block_size * block_d * self.q.element_size(), 3), **self.pages.arguments,
             **self.shape,
         )  # fmt: skip
-        return scores
-
-
-_CHUNK = 1024
-"""Block scores of a row that are searched at once."""
-
-_CHOOSE_WARPS = 4
-
-_CHOOSE_ROWS = 8
-"""Rows searched by one program: 32 bytes of each line of the table."""
+        return scores, of_groups
 
 
 def _select(
@@ -306,28 +329,20 @@ def _select(
     out = torch.empty(*index_q.shape[:2], topk_blocks, dtype=torch.int32, device=index_q.device)
     if not out.numel():
         return out
-    table = _Table(index_q, keys, page_table, layout, block_size)
-    slots = power_of_two(topk_blocks)
-    chunks = -(-table.blocks // table.chunk)
+    table = _Table(index_q, keys, page_table, layout, block_size, topk_blocks)
+    slots, groups = power_of_two(topk_blocks), power_of_two(table.groups)
+    searched = max(groups, slots * table.group)
     for first, count in table.parts():
-        scores = table.score(first, count, scale, topk_blocks, score_type == "lse")
+        scores, of_groups = table.score(first, count, scale, topk_blocks, score_type == "lse")
         num_rows = scores.shape[1]
-        run = {
-            "num_rows": num_rows, "first_tile": first, "TILE_ROWS": table.rows, "ROWS": _CHOOSE_ROWS,
-            "CHUNK": table.chunk, "TOPK": topk_blocks, "SLOTS": slots, "NONE": _NONE, **table.shape,
-        }  # fmt: skip
-        values = ids = scores
-        if chunks > 1:
-            values = torch.empty(chunks * slots, num_rows, dtype=torch.float32, device=out.device)
-            ids = torch.empty(chunks * slots, num_rows, dtype=torch.int32, device=out.device)
-        _choose_kernel[num_rows // _CHOOSE_ROWS, chunks](
-            scores, layout.table, table.tiles, out, values, ids, init_blocks=init_blocks, local_blocks=local_blocks,
-            FINAL=chunks == 1, num_warps=_CHOOSE_WARPS, **run,
+        few = num_rows <= _FEW_ROWS
+        rows = 1 if few else min(_CHOOSE_ROWS, max(_SEARCHED // searched, 1))
+        _choose_kernel[num_rows // rows,](
+            scores, of_groups, layout.table, table.tiles, out, num_rows=num_rows, first_tile=first,
+            init_blocks=init_blocks, local_blocks=local_blocks, TILE_ROWS=table.rows, ROWS=rows, GROUP=table.group,
+            GROUPS=groups, TOPK=topk_blocks, SLOTS=slots, NONE=_NONE,
+            num_warps=1 if rows * searched <= 512 else _CHOOSE_WARPS, **table.shape,
         )  # fmt: skip
-        if chunks > 1:
-            _merge_kernel[num_rows // _CHOOSE_ROWS,](
-                layout.table, table.tiles, out, values, ids, CHUNKS=power_of_two(chunks), num_warps=_CHOOSE_WARPS, **run
-            )
     return out
 
 
@@ -364,9 +379,9 @@ def index_log_sum_exp(index_q: Tensor, index_k: Tensor, layout: Layout, block_si
         return out
     table = _Table(index_q, index_k, None, layout, block_size)
     for first, count in table.parts():
-        scores = table.score(first, count, scale, 0, True)
+        scores, _ = table.score(first, count, scale, 0, True)
         _row_lse_kernel[scores.shape[1] // _CHOOSE_ROWS,](
             scores, layout.table, table.tiles, out, num_rows=scores.shape[1], first_tile=first, TILE_ROWS=table.rows,
-            ROWS=_CHOOSE_ROWS, CHUNK=table.chunk, **table.shape,
+            ROWS=_CHOOSE_ROWS, CHUNK=min(power_of_two(table.blocks), 256), **table.shape,
         )  # fmt: skip
     return out
