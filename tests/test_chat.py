@@ -376,6 +376,9 @@ def test_what_templates_may_use(tokenizer_json: str) -> None:
         rendered(tokenizer, "{{ ''.__class__.__mro__[1].__subclasses__() }}", messages)
     with pytest.raises(ValueError, match="not valid"):
         ChatTemplate("{% if %}")
+    with pytest.raises(ValueError, match="no variable 'tongue': did you mean 'tone'"):
+        rendered(tokenizer, "{% set n = 1 %}{{ tone }}{{ n }}", [{"role": "user", "content": "x"}], tongue=1)
+    assert rendered(tokenizer, "{{ tone }}", [{"role": "user", "content": "x"}], tone="mild") == "mild"
 
 
 @pytest.mark.parametrize(

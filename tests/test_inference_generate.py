@@ -321,7 +321,8 @@ def test_bad_arguments_are_refused_by_name(model: MiniMaxM3SparseForCausalLM) ->
     prompt = torch.tensor([[3, 4, 5, 6]])
     for message, error, options in (
         (r"'temprature'.*'temperature'", TypeError, {"temprature": 1.0}),
-        (r"use_cache is not an argument.*Engine", ValueError, {"use_cache": True}),
+        (r"use_cache is not an argument.*Engine", ValueError, {"use_cache": False}),
+        (r"unknown argument 'num_beams'", TypeError, {"num_beams": 2}),
         (r"past_key_values is not an argument", ValueError, {"past_key_values": object()}),
         (r"top_p must lie in \(0, 1\], got 1.5", ValueError, {"do_sample": True, "top_p": 1.5}),
         (r"max_new_tokens must be at least 1, got 0", ValueError, {"max_new_tokens": 0}),
@@ -342,6 +343,8 @@ def test_bad_arguments_are_refused_by_name(model: MiniMaxM3SparseForCausalLM) ->
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             model.generate(prompt, **options)
+    said = {"use_cache": True, "num_beams": 1, "past_key_values": None, "position_ids": None}
+    assert torch.equal(model.generate(prompt, max_new_tokens=3, **said), model.generate(prompt, max_new_tokens=3))
     for ids in (None, prompt[0], prompt[:, :0]):
         with pytest.raises(ValueError, match="input_ids must be"):
             generate(model, ids)

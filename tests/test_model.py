@@ -167,6 +167,45 @@ def test_hidden_states_and_router_logits(model: Text) -> None:
     assert plain.hidden_states is plain.router_logits is plain.aux_loss is plain.loss is plain.indexer_kl is None
 
 
+@pytest.mark.parametrize("side", ["left", None])
+def test_gradients_reach_the_hidden_states(model: Text, side: str | None) -> None:
+    """They were views beside the path to the logits: probes and saliency maps read no gradient."""
+    ids, mask = padded([random_ids(11), random_ids(5, seed=1)], side, 12) if side else (random_ids(2, 12), None)
+    output = model(ids, attention_mask=mask, output_hidden_states=True)
+    for state in output.hidden_states:
+        state.retain_grad()
+    output.logits.square().sum().backward()
+    assert all(state.grad is not None and state.grad.abs().sum() > 0 for state in output.hidden_states)
+    model.zero_grad()
+
+
+@torch.no_grad()
+def test_outputs_are_read_by_place_and_by_name(model: Text) -> None:
+    ids = random_ids(2, 9)
+    output = model(ids, labels=ids)
+    assert output[0] is output.loss
+    assert output[:2] == (output.loss, output.logits)
+    assert output["logits"] is output.logits
+    assert "loss" in output
+    assert "hidden_states" not in output
+    assert model(ids)[0].shape == (2, 9, VOCABULARY)
+    with pytest.raises(KeyError, match="hidden_states"):
+        output["hidden_states"]
+
+
+@torch.no_grad()
+def test_an_empty_batch_of_media_is_none(whole: Whole) -> None:
+    ids = random_ids(2, 9)
+    patch = media_prompt()["pixel_values"].shape[1]
+    empty = {"pixel_values": torch.zeros(0, patch), "image_grid_thw": torch.zeros(0, 3, dtype=torch.int64)}
+    close(whole(ids, **empty).logits, whole(ids).logits)
+    assert whole.embed_multimodal(**empty) == []
+    prompt = media_prompt()
+    grid = prompt["image_grid_thw"].tolist()
+    found = whole.embed_multimodal(pixel_values=prompt["pixel_values"], image_grid_thw=grid)
+    assert sum(len(one) for one in found) == prompt["pixel_values"].shape[0] // 4
+
+
 @torch.no_grad()
 def test_mtp_logits_in_training_mode_or_on_request(model: Text, whole: Whole) -> None:
     ids = random_ids(2, 20)

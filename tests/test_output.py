@@ -364,6 +364,53 @@ def test_arguments_take_the_types_of_the_schema(tokenizer: Tokenizer, schema: An
     assert type(call.arguments["x"]) is type(value)
 
 
+def element(name: str, *inside: str) -> str:
+    return f"{NS}<{name}>{''.join(inside)}{NS}</{name}>"
+
+
+@pytest.mark.parametrize(
+    ("schema", "elements", "value"),
+    [
+        ({}, [element("t", "a"), element("t", "b")], ["a", "b"]),
+        ({"type": "array", "items": {"type": "integer"}}, [element("t", "1"), element("t", "[2, 3]")], [1, 2, 3]),
+        ({"type": "array", "items": {"type": "integer"}}, [element("t", element("x", "1"), element("x", "2"))], [1, 2]),
+        ({"items": {"type": "integer"}}, [element("t", "[1, 2]")], [1, 2]),
+        (
+            {"type": "array", "items": {"properties": {"stars": {"type": "integer"}}}},
+            [element("t", element("comment", element("stars", "3")))],
+            [{"stars": 3}],
+        ),
+        ({"properties": {"item": {"type": "string"}}}, [element("t", element("item", "x"))], {"item": "x"}),
+        ({}, [element("t", element("k", "a"), element("k", "b"), element("l", "c"))], {"k": ["a", "b"], "l": "c"}),
+        (
+            {"properties": {"k": {"type": "array", "items": {"type": "integer"}}}},
+            [element("t", element("k", element("item", "1")), element("k", element("item", "2")))],
+            {"k": [1, 2]},
+        ),
+        ({}, [element("t", "so: ", element("k", "a"))], {"k": "a", "$text": "so:"}),
+        ({"type": "object"}, [f"{NS}<t/>"], {}),
+        ({"type": "integer"}, [element("t", "018956")], 18956),
+        ({"type": ["integer", "string"]}, [element("t", "018956")], "018956"),
+        ({"type": "number"}, [element("t", "+.5")], 0.5),
+        ({"type": "number"}, [element("t", ".")], "."),
+    ],
+)
+def test_elements_become_what_they_say(
+    tokenizer: Tokenizer, schema: dict[str, Any], elements: list[str], value: Any
+) -> None:
+    """Repeated elements were dropped but for the last, entries of a list kept as text unless they were named `item`."""
+    tools = [{"name": "f", "parameters": {"properties": {"t": schema, "n": {"type": "integer"}}}}]
+    inside = "".join(elements) + element("n", "3")
+    text = f'{NS}<tool_call>{NS}<invoke name="f">{inside}{NS}</invoke>{NS}</tool_call>'
+    (call,) = parse(tokenizer, text, "disabled", tools).tool_calls
+    assert call.arguments == {"t": value, "n": 3}
+    assert type(call.arguments["t"]) is type(value)
+    parser, streamed = OutputParser(None, "disabled", tools), ""
+    for character in text:
+        streamed += "".join(delta.arguments for delta in parser.feed_text(character).tool_calls)
+    assert json.loads(streamed + "".join(d.arguments for d in parser.finish().tool_calls)) == call.arguments
+
+
 def test_without_tools_arguments_are_text(tokenizer: Tokenizer) -> None:
     (call,) = parse(tokenizer, CALL, "disabled").tool_calls
     assert call.arguments == {"n": "3", "s": "3", "o": {"k": ["1", "2"]}}

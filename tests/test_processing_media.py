@@ -461,6 +461,13 @@ def test_frames_without_fps_have_no_times() -> None:
     assert processor([clip], return_metadata=True)["timestamps"] == [None]
     timed = processor([clip], return_metadata=True, video_metadata=[{"fps": 2.0}])
     assert timed["timestamps"] == [[0.0, 1.0, 2.0]]
+    for known in ({"fps": 2.0}, [[{"fps": 2.0}]]):
+        again = processor([clip], return_metadata=True, video_metadata=known)
+        assert again["video_metadata"] == timed["video_metadata"]
+    with pytest.raises(ValueError, match="video 1 of 1: its video_metadata is a str"):
+        processor([clip], video_metadata=["2 fps"])
+    with pytest.raises(ValueError, match="video_metadata has 2 entries for 1 clips"):
+        processor([clip], video_metadata=[{"fps": 2.0}, {"fps": 2.0}])
     placed = processor([clip], return_metadata=True, video_metadata=[VideoMetadata(90, (0, 20, 40, 60, 80), 10.0)])
     assert placed["timestamps"] == [[0.0, 4.0, 8.0]]
     sampled = processor([clip * 4], return_metadata=True, video_metadata=[{"fps": 2.0}], do_sample_frames=True)

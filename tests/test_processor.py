@@ -161,6 +161,10 @@ def test_raw_prompts_hold_control_tokens_and_messages_do_not(processor: MiniMaxM
         ({"text": IMAGE}, r"1 image placeholders .* 0 images"),
         ({"text": "x", "images": [np.zeros((56, 56, 3), np.uint8)]}, r"0 image placeholders .* 1 images"),
         ({"text": [IMAGE, "x"], "images": [np.zeros((56, 56, 3), np.uint8)] * 2}, r"0 image placeholders .* 1 images"),
+        (
+            {"text": ["x", IMAGE], "images": [[np.zeros((56, 56, 3), np.uint8)], []]},
+            "prompt 1 has 0 picture placeholders, its list 1 pictures",
+        ),
         ({"text": VIDEO}, r"1 video placeholders .* 0 videos"),
         ({"text": VIDEO, "videos": ["missing.mp4"]}, r"video 1 of 1.*missing\.mp4"),
         ({"text": IMAGE, "images": ["missing.png"]}, r"missing\.png"),
@@ -178,6 +182,20 @@ def test_placeholder_without_picture_is_named(processor: MiniMaxM3VLProcessor) -
         processor.apply_chat_template([user({"type": "image"})])
     with pytest.raises(ValueError, match="no variables flavour"):
         processor.apply_chat_template([user("x")], flavour=1)
+
+
+def test_settings_of_one_call(processor: MiniMaxM3VLProcessor, picture: Image.Image) -> None:
+    """They were taken for variables of the chat template, and had no effect."""
+    messages = [user({"type": "image", "image": picture}, {"type": "video", "video": clip(4)})]
+    least = {"min_pixels": 28 * 28, "max_pixels": 28 * 28}
+    small = processor.apply_chat_template(messages, images_kwargs=least, videos_kwargs=least)
+    assert small.image_grid_thw.tolist() == [[1, 2, 2]]
+    assert small.video_grid_thw.tolist() == [[2, 2, 2]]
+    assert processor.apply_chat_template(messages).image_grid_thw.tolist() == [[1, 4, 6]]
+    raw = processor(text=IMAGE, images=picture, images_kwargs=least)
+    assert torch.equal(raw.pixel_values, small.pixel_values)
+    with pytest.raises(TypeError, match="has no setting 'max_pixel'; did you mean 'max_pixels'"):
+        processor(text=IMAGE, images=picture, images_kwargs={"max_pixel": 1})
 
 
 def test_text_only_processor(tokenizer: Tokenizer, picture: Image.Image, tmp_path: Path) -> None:

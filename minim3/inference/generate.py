@@ -154,7 +154,8 @@ def generate(
     seeds = _seeds(seed, num_rows)
     if pad_token_id is None:
         pad_token_id = _first(defaults.get("pad_token_id"), model.text_config.pad_token_id, *eos_token_ids[:1], 0)
-    medias = _distribute(model, prompts, Media(pixel_values, image_grid_thw, pixel_values_videos, video_grid_thw))
+    grids = [None if grid is None else torch.as_tensor(grid) for grid in (image_grid_thw, video_grid_thw)]
+    medias = _distribute(model, prompts, Media(pixel_values, grids[0], pixel_values_videos, grids[1]))
 
     limit = model.text_config.max_position_embeddings
     longest = max(len(prompt) for prompt in prompts)
@@ -218,8 +219,18 @@ def _collect(
     return GenerateOutput(sequences, counts, tuple(reasons), logprobs, token_logprobs)
 
 
+_SAYS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "use_cache": (True, None), "past_key_values": (None,), "num_beams": (1, None), "position_ids": (None,),
+    "synced_gpus": (False, None), "generation_config": (None,), "logits_processor": (None,),
+    "stopping_criteria": (None,),
+}  # fmt: skip
+"""Arguments of transformers' `generate` with the values that describe what happens here."""
+
+
 def _refuse(unknown: Mapping[str, Any]) -> None:
-    for name in unknown:
+    for name, value in unknown.items():
+        if any(value is known for known in _SAYS_NOTHING.get(name, ())):
+            continue
         if name in ("use_cache", "past_key_values"):
             raise ValueError(
                 f"{name} is not an argument here: generate always runs on the paged cache; to keep a conversation's "

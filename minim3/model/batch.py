@@ -4,7 +4,7 @@ Shape legend of `minim3/model`: T new tokens of all sequences, one after another
 Nothing in the model is padded: calls on padded `[B, S]` tensors are packed at the door (`padding.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -193,7 +193,8 @@ class LayerChoices:
 class ForwardRecord:
     """What the caller wants kept from a forward pass: each list that is not None is appended to, a layer at a time.
 
-    hidden_states: `[T, H]` before the first layer, after every layer but the last, and after the final norm.
+    hidden_states: `[T, H]` before the first layer, after every layer but the last, and after the final norm; with
+    `padded`, two functions between `[T, H]` and `[B, S, H]`, the latter.
     router_logits: fp32 `[T, experts]` a MoE layer. expert_ids: int64 `[T, top_k]` a MoE layer.
     indexer_kl: a scalar a sparse layer, the alignment loss of its indexer (asking for it makes the indexer trainable).
     block_indices: int32 `[T, index_heads, top_k]` a sparse layer.
@@ -203,6 +204,7 @@ class ForwardRecord:
     """
 
     hidden_states: list[Tensor] | None = None
+    padded: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]] | None = None
     router_logits: list[Tensor] | None = None
     expert_ids: list[Tensor] | None = None
     indexer_kl: list[Tensor] | None = None
@@ -210,6 +212,18 @@ class ForwardRecord:
     recall: list[Tensor] | None = None
     recall_queries: int = 64
     choices: dict[int, LayerChoices] | None = None
+
+    def see_hidden(self, hidden: Tensor) -> Tensor:
+        """Keep hidden states `[T, H]` if they are wanted. What comes back is made of what was kept: gradients of later
+        results reach it."""
+        if self.hidden_states is None:
+            return hidden
+        if self.padded is None:
+            self.hidden_states.append(hidden)
+            return hidden
+        unpack, pack = self.padded
+        self.hidden_states.append(unpack(hidden))
+        return pack(self.hidden_states[-1])
 
     def choices_of(self, cache_index: int) -> LayerChoices | None:
         """The decisions of one layer, empty at first; None where they are not kept."""

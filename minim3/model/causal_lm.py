@@ -211,6 +211,7 @@ class CausalLM(nn.Module):
         """The forward call after embedding: packed embeddings `[T, H]` and ids `[T]` in, padded outputs out."""
         record = ForwardRecord(
             hidden_states=[] if output_hidden_states else None,
+            padded=(layout.unpack, layout.pack),
             router_logits=[] if output_router_logits else None,
             indexer_kl=[] if output_indexer_kl else None,
         )
@@ -224,7 +225,7 @@ class CausalLM(nn.Module):
         if labels is not None:
             output.loss = next_token_loss(hidden, packed_targets(labels, layout), self.get_output_embeddings())
         if record.hidden_states is not None:
-            output.hidden_states = tuple(layout.unpack(state) for state in record.hidden_states)
+            output.hidden_states = tuple(record.hidden_states)
         if record.indexer_kl is not None:
             output.indexer_kl = tuple(record.indexer_kl)
         if record.router_logits:

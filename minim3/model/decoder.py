@@ -103,13 +103,11 @@ class MiniMaxM3TextModel(nn.Module):
         freqs_cis = self.make_freqs_cis(batch.positions)
         hidden = inputs_embeds
         for layer in self.layers:
-            if record is not None and record.hidden_states is not None:
-                record.hidden_states.append(hidden)
+            if record is not None:
+                hidden = record.see_hidden(hidden)
             hidden = layer(hidden, freqs_cis=freqs_cis, batch=batch, record=record)
         hidden = self.norm(hidden)
-        if record is not None and record.hidden_states is not None:
-            record.hidden_states.append(hidden)
-        return hidden
+        return hidden if record is None else record.see_hidden(hidden)
 
     def forward(
         self,

@@ -1,6 +1,7 @@
 """What a forward call returns, and the losses that are fields of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ class MiniMaxM3CausalLMOutput:
     router_logits: fp32 `[B * S, experts]` a MoE layer. indexer_kl: a scalar a sparse layer, then one a MTP
     depth if MTP logits are there too.
     image_hidden_states, video_hidden_states: the features `[tokens, H]` that replaced the placeholders.
+
+    `output["logits"]` is `output.logits`; `output[0]` and `output[:2]` count what is there, the loss first.
     """
 
     logits: Tensor
@@ -33,6 +36,21 @@ class MiniMaxM3CausalLMOutput:
     indexer_kl: tuple[Tensor, ...] | None = None
     image_hidden_states: Tensor | None = None
     video_hidden_states: Tensor | None = None
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """What is there: the loss, then the fields in their order."""
+        names = ["loss", *(field.name for field in fields(self) if field.name != "loss")]
+        return tuple(value for name in names if (value := getattr(self, name)) is not None)
+
+    def __contains__(self, name: str) -> bool:
+        return name in {field.name for field in fields(self)} and getattr(self, name) is not None
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        if not isinstance(key, str):
+            return self.to_tuple()[key]
+        if key not in self:
+            raise KeyError(key)
+        return getattr(self, key)
 
 
 def packed_targets(labels: Tensor, layout: PaddedLayout) -> Tensor:

@@ -22,7 +22,7 @@ from minim3.processing.chat import END_THINK, NAMESPACE, THINK, check_thinking_m
 from minim3.processing.detokenizer import IncrementalDetokenizer, held_back
 from minim3.processing.messages import ToolCall
 from minim3.processing.tokenizer import END_OF_TURN, Tokenizer
-from minim3.processing.tool_arguments import Element, Schemas
+from minim3.processing.tool_arguments import Element, Schema, Schemas, joined
 
 _MARKERS = (THINK, END_THINK, NAMESPACE)
 _OPEN_CALLS, _CLOSE_CALLS, _CLOSE_INVOKE = "<tool_call>", "</tool_call>", "</invoke>"
@@ -115,6 +115,7 @@ class OutputParser:
         self._calls: list[ToolCall] = []
         self._call: ToolCall | None = None
         self._elements: list[Element] = []
+        self._argument: tuple[str, list[Any], Schema] | None = None
         self._reasoning: list[str] = []
         self._content: list[str] = []
         self._delta_reasoning: list[str] = []
@@ -298,8 +299,13 @@ class OutputParser:
         elif self._call is not None and tag[1] != "/":
             if len(self._elements) >= _MAX_DEPTH:
                 return False
+            empty, name = name.endswith("/"), name.removesuffix("/").rstrip()
+            if not self._elements and self._argument is not None and self._argument[0] != name:
+                self._emit_argument()
             above = self._elements[-1].schema if self._elements else self._schemas.of(self._call.name)
             self._elements.append(Element(name, above.child(name)))
+            if empty:
+                self._close_element()
         return True
 
     # --- tool calls ------------------------------------------------------------------------------------------------
@@ -314,16 +320,28 @@ class OutputParser:
         value = element.value()
         if self._elements:
             self._elements[-1].children.append((element.name, value))
+        elif self._argument is not None and self._argument[0] == element.name:
+            self._argument[1].append(value)
         else:
-            fragment = f"{json.dumps(element.name, ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}"
-            self._emit_arguments(("{" if not self._call.arguments else ", ") + fragment)
-            self._call.arguments[element.name] = value
+            self._argument = (element.name, [value], element.schema)
         return element
+
+    def _emit_argument(self) -> None:
+        """The argument that was closed last: an element of the same name behind it would have made it a list."""
+        if self._argument is None:
+            return
+        assert self._call is not None
+        (name, values, schema), self._argument = self._argument, None
+        value = joined(values, schema)
+        fragment = f"{json.dumps(name, ensure_ascii=False)}: {json.dumps(value, ensure_ascii=False)}"
+        self._emit_arguments(("{" if not self._call.arguments else ", ") + fragment)
+        self._call.arguments[name] = value
 
     def _close_call(self, complete: bool) -> None:
         """End the call under way. An argument that was cut off is left out: half a value is not a value."""
         assert self._call is not None
         self._elements.clear()
+        self._emit_argument()
         self._emit_arguments("}" if self._call.arguments else "{}")
         self._calls.append(replace(self._call, complete=complete))
         self._call = None

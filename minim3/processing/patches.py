@@ -5,6 +5,7 @@ patches. A row of pixel values is one patch, C*D*P*P values, channel first, then
 that each M x M block of patches, which the model merges into one token, is contiguous.
 """
 
+import difflib
 import json
 import logging
 import math
@@ -212,6 +213,11 @@ class PatchProcessor:
         if not changes:
             return self
         settings = self._settings()
+        for name in changes:
+            if name not in settings and name != "size":
+                near = difflib.get_close_matches(name, settings, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(settings)}"
+                raise TypeError(f"{type(self).__name__} has no setting {name!r}{hint}")
         if "size" in changes:  # a new size replaces both limits unless they are given beside it
             del settings["min_pixels"], settings["max_pixels"]
         return type(self)(**{**settings, **changes})

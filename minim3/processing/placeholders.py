@@ -4,7 +4,7 @@ An image becomes `]<]start of image[>[`, one `]<]image[>[` for each merged patch
 such a group for each temporal patch (with `]<]video[>[` inside), after its time where times are known.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from minim3.processing.image import MiniMaxM3VLImageProcessor, flatten_pictures
 from minim3.processing.media import channel_axis
 from minim3.processing.messages import Message
-from minim3.processing.video import MiniMaxM3VLVideoProcessor, split_videos
+from minim3.processing.video import MiniMaxM3VLVideoProcessor, metadata_of_clips, split_videos
 from minim3.processing.video_file import SampledClip
 
 IMAGE_TOKEN = "]<]image[>["
@@ -68,35 +68,36 @@ def is_empty(media: Any) -> bool:
 
 
 def process_images(
-    processor: MiniMaxM3VLImageProcessor | None, images: Any
+    processor: MiniMaxM3VLImageProcessor | None, images: Any, settings: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, torch.Tensor], list[Expansion]]:
     """Pictures to `pixel_values` and `image_grid_thw`, and what the placeholder of each becomes."""
     if processor is None:
         raise ValueError("this is a text-only model: it takes no pictures")
-    processed = processor(images=flatten_pictures(images), return_tensors="pt")
+    processed = processor(images=flatten_pictures(images), return_tensors="pt", **(settings or {}))
     grid = processed["image_grid_thw"]
     expansions = [expand_image(count // processor.merge_size**2) for count in grid.prod(dim=1).tolist()]
     return {"pixel_values": processed["pixel_values"], "image_grid_thw": grid}, expansions
 
 
 def process_videos(
-    processor: MiniMaxM3VLVideoProcessor | None, videos: Any, video_metadata: Sequence[Any] | None
+    processor: MiniMaxM3VLVideoProcessor | None, videos: Any, video_metadata: Any = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, torch.Tensor], list[Expansion]]:
     """Clips to `pixel_values_videos` and `video_grid_thw` (a row a chunk), and what the placeholder of each becomes."""
     if processor is None:
         raise ValueError("this is a text-only model: it takes no video")
     clips = split_videos(videos)
-    metadata = [None] * len(clips) if video_metadata is None else list(video_metadata)
-    if len(metadata) != len(clips):
-        raise ValueError(f"{len(metadata)} entries of video_metadata for {len(clips)} videos")
+    metadata = metadata_of_clips(video_metadata, len(clips))
     pixel_values, grids = [], []
     expansions: list[Expansion] = []
     factor = processor.patch_size * processor.merge_size
     for index, (clip, known) in enumerate(zip(clips, metadata)):
         # Frames of a legal size are taken as they are, which is how the published chat processor passes them.
-        resize: dict[str, Any] = {"do_resize": False} if _is_sized(clip, factor) else {}
+        settings = settings or {}
+        keep = _is_sized(clip, factor) and not settings.keys() & {"do_resize", "min_pixels", "max_pixels"}
+        resize: dict[str, Any] = {"do_resize": False} if keep else {}
         try:
-            processed = processor(videos=[clip], video_metadata=[known], return_metadata=True, **resize)
+            processed = processor(videos=[clip], video_metadata=[known], return_metadata=True, **settings, **resize)
         except ValueError as error:
             reason = str(error).removeprefix("video 1 of 1: ")  # of those the processor was given
             raise ValueError(f"video {index + 1} of {len(clips)} in the prompt: {reason}") from error

@@ -145,7 +145,9 @@ class MiniMaxM3VLProcessor:
         *,
         return_tensors: str | None = "pt",
         padding: bool = True,
-        video_metadata: Sequence[Any] | None = None,
+        video_metadata: Any = None,
+        images_kwargs: Mapping[str, Any] | None = None,
+        videos_kwargs: Mapping[str, Any] | None = None,
     ) -> ProcessorOutput:
         """Raw prompts to model inputs. Control tokens written in `text` are control tokens: for what a user typed, use
         `apply_chat_template`.
@@ -157,6 +159,7 @@ class MiniMaxM3VLProcessor:
             return_tensors: "pt", "np", or None for lists of ids.
             padding: pad shorter prompts on the left; the attention mask is 0 there.
             video_metadata: one entry a clip; see the video processor.
+            images_kwargs, videos_kwargs: settings of the image and the video processor for this call (`max_pixels`).
 
         Returns:
             input_ids [B, S] int64, attention_mask [B, S] int64, and, where there are media, pixel_values [N, C*T*P*P]
@@ -169,7 +172,14 @@ class MiniMaxM3VLProcessor:
             raise ValueError("text is missing: pass the prompt, with one placeholder for each picture and clip")
         prompts = [text] if isinstance(text, str) else list(text)
         segments = [[Segment(prompt, True)] for prompt in prompts]
-        return self._process(segments, images, videos, video_metadata, padding, return_tensors)
+        listed = isinstance(images, list | tuple) and all(isinstance(one, list | tuple) for one in images)
+        if listed and len(images) == len(prompts):
+            for index, count in enumerate(self._placeholders(segments, self.image_token_id)):
+                if count != len(images[index]):
+                    held = len(images[index])
+                    raise ValueError(f"prompt {index + 1} has {count} picture placeholders, its list {held} pictures")
+        settings = images_kwargs, videos_kwargs
+        return self._process(segments, images, videos, video_metadata, settings, padding, return_tensors)
 
     def apply_chat_template(
         self,
@@ -184,7 +194,9 @@ class MiniMaxM3VLProcessor:
         padding: bool = True,
         images: Any = None,
         videos: Any = None,
-        video_metadata: Sequence[Any] | None = None,
+        video_metadata: Any = None,
+        images_kwargs: Mapping[str, Any] | None = None,
+        videos_kwargs: Mapping[str, Any] | None = None,
         **template_variables: Any,
     ) -> Any:
         """OpenAI-style messages to model inputs; nothing a message holds becomes a control token.
@@ -198,13 +210,15 @@ class MiniMaxM3VLProcessor:
                 that text again cannot tell typed markers from the template's.
             return_dict: False returns the ids alone.
             images, videos: media in the order of the prompt, instead of those in the messages.
-            template_variables: further variables of a checkpoint's own template.
+            video_metadata, images_kwargs, videos_kwargs: as in `__call__`.
+            template_variables: further variables that the checkpoint's own template reads.
 
         Returns:
             the same as `__call__`.
 
         Raises:
-            ValueError: malformed messages or tools, unreadable media, or a template that refuses the conversation.
+            ValueError: malformed messages or tools, unreadable media, a template that refuses the conversation, or a
+                variable that it does not read.
         """
         is_batch = bool(messages) and not isinstance(messages[0], Mapping)
         if is_batch and not all(isinstance(conversation, (list, tuple)) for conversation in messages):
@@ -220,7 +234,8 @@ class MiniMaxM3VLProcessor:
             images = media_of(conversations, IMAGE)
         if videos is None:
             videos = media_of(conversations, VIDEO)
-        output = self._process(segments, images, videos, video_metadata, padding, return_tensors)
+        settings = images_kwargs, videos_kwargs
+        output = self._process(segments, images, videos, video_metadata, settings, padding, return_tensors)
         if return_tensors is None and not is_batch:
             output["input_ids"], output["attention_mask"] = output["input_ids"][0], output["attention_mask"][0]
         return output if return_dict else output["input_ids"]
@@ -277,7 +292,8 @@ class MiniMaxM3VLProcessor:
         prompts: Sequence[Sequence[Segment]],
         images: Any,
         videos: Any,
-        video_metadata: Sequence[Any] | None,
+        video_metadata: Any,
+        settings: tuple[Mapping[str, Any] | None, Mapping[str, Any] | None],
         padding: bool,
         return_tensors: str | None,
     ) -> ProcessorOutput:
@@ -287,10 +303,10 @@ class MiniMaxM3VLProcessor:
         image_expansions: list[Expansion] = []
         video_expansions: list[Expansion] = []
         if not is_empty(images):
-            tensors, image_expansions = process_images(self.image_processor, images)
+            tensors, image_expansions = process_images(self.image_processor, images, settings[0])
             media.update(tensors)
         if not is_empty(videos):
-            tensors, video_expansions = process_videos(self.video_processor, videos, video_metadata)
+            tensors, video_expansions = process_videos(self.video_processor, videos, video_metadata, settings[1])
             media.update(tensors)
         image_counts = self._placeholders(prompts, self.image_token_id)
         video_counts = self._placeholders(prompts, self.video_token_id)

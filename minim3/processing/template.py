@@ -12,6 +12,7 @@ constants (`'x' in content` is false, a search for a marker finds none) or chang
 schema type names, the thinking mode and the special tokens' names are known words and stay comparable.
 """
 
+import difflib
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -165,8 +167,11 @@ class ChatTemplate:
 
     def __init__(self, source: str) -> None:
         self.source = source
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            reads = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            self._variables = reads - {"messages", *environment.globals}
         except jinja2.exceptions.TemplateError as error:
             raise ValueError(f"the checkpoint's chat template is not valid: {error}") from error
 
@@ -186,8 +191,14 @@ class ChatTemplate:
         """Render checked messages; see the module's text for what the template sees.
 
         Raises:
-            ValueError: the template refused the conversation (`raise_exception`) or failed.
+            ValueError: the template refused the conversation (`raise_exception`) or failed, or never reads one of the
+                `variables`: it would be dropped in silence.
         """
+        for name in variables:
+            if name not in self._variables:
+                near = difflib.get_close_matches(name, self._variables | {"thinking_mode"}, n=1)
+                reads = f"did you mean {near[0]!r}?" if near else f"it reads {', '.join(sorted(self._variables))}"
+                raise ValueError(f"the checkpoint's chat template has no variable {name!r}: {reads}")
         plain_messages = [_template_message(message) for message in messages]
         plain_tools = list(tools)
         taken = _characters([plain_messages, plain_tools, self.source])

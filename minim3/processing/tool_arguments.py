@@ -12,8 +12,10 @@ from typing import Any
 from minim3.processing.messages import normalize_tools
 
 _JSON_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
+_WRITTEN_NUMBER = re.compile(r"[+-]?(?=\.?\d)(\d*)(\.\d*)?([eE][+-]?\d+)?")  # 007, +5, .5 and 5. too
 _MAX_NUMBER_CHARACTERS = 300
 _MAX_REFERENCES = 32
+_KEYWORDS = {"object": ("properties", "additionalProperties"), "array": ("items",)}
 _SCALAR_TYPES = ("null", "boolean", "integer", "number", "object", "array")
 
 
@@ -59,12 +61,21 @@ class Schema:
         return found
 
     def types(self) -> set[str]:
-        """The JSON types a value may have; empty if the schema does not say."""
+        """The JSON types a value may have, by its keywords where no type is declared; empty if nothing says."""
         types: set[str] = set()
         for option in self._options:
             declared = option.get("type")
-            types.update(one for one in (_list(declared) or [declared]) if isinstance(one, str))
+            named = [one for one in (_list(declared) or [declared]) if isinstance(one, str)]
+            for kind, keywords in _KEYWORDS.items():
+                if not named and any(isinstance(option.get(keyword), Mapping) for keyword in keywords):
+                    types.add(kind)
+            types.update(named)
         return types
+
+    def is_list(self) -> bool:
+        """Whether a value is a list and can be no object."""
+        types = self.types()
+        return "array" in types and "object" not in types
 
     def constants(self) -> list[Any]:
         values: list[Any] = []
@@ -74,13 +85,14 @@ class Schema:
         return values
 
     def child(self, name: str) -> "Schema":
-        """The schema of an object's property, or of an array's entries."""
+        """The schema of an object's property, or of an array's entries (of any name where it can be no object)."""
         for option in self._options:
             properties = option.get("properties")
             if isinstance(properties, Mapping) and name in properties:
                 return Schema(properties[name], self._root)
+        of_list = name == "item" or self.is_list()
         for option in self._options:
-            for key in ("items", "additionalProperties") if name == "item" else ("additionalProperties",):
+            for key in ("items", "additionalProperties") if of_list else ("additionalProperties",):
                 if isinstance(option.get(key), Mapping):
                     return Schema(option[key], self._root)
         return Schema(None, self._root)
@@ -106,11 +118,29 @@ class Element:
             return convert_text("".join(self.text), self.schema)
         types = self.schema.types()
         is_list = all(name == "item" for name, _ in self.children)
-        if "array" in types and "object" not in types:
-            is_list = True
-        elif "object" in types and "array" not in types:
-            is_list = False
-        return [value for _, value in self.children] if is_list else dict(self.children)
+        if "array" in types or "object" in types:
+            is_list = self.schema.is_list() or (is_list and "array" in types)
+        if is_list:
+            return [value for _, value in self.children]
+        values: dict[str, list[Any]] = {}
+        for name, value in self.children:
+            values.setdefault(name, []).append(value)
+        found = {name: joined(several, self.schema.child(name)) for name, several in values.items()}
+        beside = "".join(self.text).strip()
+        return {**found, "$text": beside} if beside else found
+
+
+def joined(values: list[Any], schema: Schema) -> Any:
+    """The value of elements of one name: that of a single one, of several a list of theirs."""
+    if len(values) == 1:
+        return values[0]
+    if not schema.is_list():
+        return values
+    found: list[Any] = []
+    for value in values:
+        found += value if isinstance(value, list) else [value]
+    entry = schema.child("item")
+    return [convert_text(value, entry) if isinstance(value, str) else value for value in found]
 
 
 def convert_text(text: str, schema: Schema) -> Any:
@@ -134,7 +164,7 @@ def _read(text: str, kind: str, may_be_string: bool) -> tuple[bool, Any]:
     if kind == "boolean":
         return text.lower() in ("true", "false"), text.lower() == "true"
     if kind in ("integer", "number"):
-        return _read_number(text, kind)
+        return _read_number(text, kind, may_be_string)
     if text == "" and not may_be_string:
         return True, {} if kind == "object" else []
     if text[:1] != ("{" if kind == "object" else "["):
@@ -147,8 +177,10 @@ def _read(text: str, kind: str, may_be_string: bool) -> tuple[bool, Any]:
     return True, value
 
 
-def _read_number(text: str, kind: str) -> tuple[bool, Any]:
-    if len(text) > _MAX_NUMBER_CHARACTERS or not (match := _JSON_NUMBER.fullmatch(text)):
+def _read_number(text: str, kind: str, may_be_string: bool) -> tuple[bool, Any]:
+    # Where it may be text, leading zeros (of a postal code) say that it is.
+    pattern = _JSON_NUMBER if may_be_string else _WRITTEN_NUMBER
+    if len(text) > _MAX_NUMBER_CHARACTERS or not (match := pattern.fullmatch(text)):
         return False, None
     if match.group(2) is None and match.group(3) is None:
         return True, int(text)

@@ -102,8 +102,9 @@ class MiniMaxM3VLVideoProcessor(PatchProcessor):
     ) -> dict[str, Any]:
         """See the class; the same as `preprocess`.
 
-        `video_metadata`: one entry a clip for clips given as frames: a VideoMetadata, or a mapping with `fps` and
-        perhaps `frames_indices` and `total_num_frames` (by default the frames are the whole source). `return_metadata`
+        `video_metadata`: one entry a clip for clips given as frames (of one clip the entry itself will do): a
+        VideoMetadata, or a mapping with `fps` and perhaps `frames_indices` and `total_num_frames` (by default the
+        frames are the whole source). `return_metadata`
         adds `video_metadata` (a VideoMetadata a clip) and `timestamps` (a clip: seconds of each temporal patch, or
         None). Keyword arguments override settings for this call. Raises ValueError naming the clip that cannot be used.
         """
@@ -119,9 +120,7 @@ class MiniMaxM3VLVideoProcessor(PatchProcessor):
         return_tensors: str | None,
     ) -> dict[str, Any]:
         clips = split_videos(videos)
-        given = list(video_metadata) if video_metadata is not None else [None] * len(clips)
-        if len(given) != len(clips):
-            raise ValueError(f"video_metadata has {len(given)} entries for {len(clips)} clips")
+        given = metadata_of_clips(video_metadata, len(clips))
         frames: list[list[torch.Tensor]] = []
         metadata: list[VideoMetadata] = []
         for index, (clip, known) in enumerate(zip(clips, given)):
@@ -247,6 +246,27 @@ class MiniMaxM3VLVideoProcessor(PatchProcessor):
         new_height, new_width = processor.target_size(height, width)
         t = -(-num_frames // processor.temporal_patch_size)
         return t * new_height * new_width // processor.patch_size**2
+
+
+def metadata_of_clips(given: Any, num_clips: int) -> list[Any]:
+    """One entry a clip: from a list, also of lists of one entry, or from the entry of the only clip itself.
+
+    Raises:
+        ValueError: another number of entries, or an entry that is no metadata.
+    """
+    if given is None:
+        return [None] * num_clips
+    entries = [given] if isinstance(given, VideoMetadata | Mapping) else list(given)
+    found = [one[0] if isinstance(one, list | tuple) and len(one) == 1 else one for one in entries]
+    if len(found) != num_clips:
+        raise ValueError(f"video_metadata has {len(found)} entries for {num_clips} clips")
+    for index, one in enumerate(found):
+        if not (one is None or isinstance(one, VideoMetadata | Mapping)):
+            raise ValueError(
+                f"video {index + 1} of {num_clips}: its video_metadata is a {type(one).__name__}; pass a mapping with "
+                "fps, and perhaps frames_indices and total_num_frames"
+            )
+    return found
 
 
 def _resolve_metadata(known: VideoMetadata | Mapping[str, Any] | None, num_frames: int) -> VideoMetadata:
