@@ -137,6 +137,36 @@ def _query_kernel(
 
 
 @triton.jit
+def _key_step(
+    q, grad_out, lse, deltas, keys, values, key, tokens, list_start, step, count, lowest, kv_head, stride_q,
+    stride_q_head, scale_log2, grad_k, grad_v,
+    KV_HEADS: tl.constexpr, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, MASKED: tl.constexpr, LISTED: tl.constexpr, PRECISION: tl.constexpr, LOG2E: tl.constexpr,
+):  # fmt: skip
+    row = tl.arange(0, ROWS)
+    head = kv_head * GROUP + row % GROUP
+    place = step + row // GROUP
+    used = (row // GROUP < TOKENS) & (place < count)
+    if LISTED:
+        token = tl.load(tokens + list_start + place, mask=used, other=0)
+    else:
+        token = list_start + place
+    query = load_rows(q, row_offsets(token, stride_q) + head * stride_q_head, used, D, BLOCK_D)
+    flat = row_offsets(token, KV_HEADS * GROUP) + head
+    grad = load_rows(grad_out, flat * D, used, D, BLOCK_D)
+    log_sum = tl.load(lse + flat, mask=used, other=float("inf")) * LOG2E
+    delta = tl.load(deltas + flat, mask=used, other=0.0)
+    scores = tl.dot(keys, tl.trans(query), input_precision=PRECISION)
+    shares = tl.exp2(scores * scale_log2 - log_sum[None, :])
+    if MASKED:
+        shares = tl.where(key[:, None] <= (lowest + token)[None, :], shares, 0.0)
+    grad_v = tl.dot(shares.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+    slope = shares * (tl.dot(values, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
+    grad_k = tl.dot(slope.to(query.dtype), query, grad_k, input_precision=PRECISION)
+    return grad_k, grad_v
+
+
+@triton.jit
 def _key_kernel(
     q, k, v, grad_out, lse, deltas, parts, sequences, tokens, starts, counts, segments, blocks, num_blocks, stride_q,
     stride_q_head, stride_k, stride_k_head, scale, scale_log2,
@@ -164,29 +194,24 @@ def _key_kernel(
         values = load_keys(v, key_rows, seen, D, BLOCK_D, True)
         count = tl.minimum(SEGMENT, (tl.load(counts + which) - first).to(tl.int32))
         list_start = tl.load(starts + which) + first
-        row = tl.arange(0, ROWS)
-        head = kv_head * GROUP + row % GROUP
         grad_k = tl.zeros([KEYS, BLOCK_D], tl.float32)
         grad_v = tl.zeros([KEYS, BLOCK_D], tl.float32)
-        for step in tl.range(0, count, TOKENS):
-            place = step + row // GROUP
-            used = (row // GROUP < TOKENS) & (place < count)
-            if LISTED:
-                token = tl.load(tokens + list_start + place, mask=used, other=0)
-            else:
-                token = list_start + place
-            query = load_rows(q, row_offsets(token, stride_q) + head * stride_q_head, used, D, BLOCK_D)
-            flat = row_offsets(token, KV_HEADS * GROUP) + head
-            grad = load_rows(grad_out, flat * D, used, D, BLOCK_D)
-            log_sum = tl.load(lse + flat, mask=used, other=float("inf")) * LOG2E
-            delta = tl.load(deltas + flat, mask=used, other=0.0)
-            scores = tl.dot(keys, tl.trans(query), input_precision=PRECISION)
-            shares = tl.exp2(scores * scale_log2 - log_sum[None, :])
-            if CAUSAL:
-                shares = tl.where(key[:, None] <= (lowest + token)[None, :], shares, 0.0)
-            grad_v = tl.dot(shares.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
-            slope = shares * (tl.dot(values, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
-            grad_k = tl.dot(slope.to(query.dtype), query, grad_k, input_precision=PRECISION)
+        near = 0
+        if CAUSAL:
+            # Queries come in order: only the first few can lie in the block themselves, the others see all of it.
+            near = tl.minimum((tl.maximum(KEYS - first, 0) + TOKENS - 1) // TOKENS * TOKENS, count)
+            for step in tl.range(0, near, TOKENS):
+                grad_k, grad_v = _key_step(
+                    q, grad_out, lse, deltas, keys, values, key, tokens, list_start, step, count, lowest, kv_head,
+                    stride_q, stride_q_head, scale_log2, grad_k, grad_v, KV_HEADS, GROUP, TOKENS, ROWS, D, BLOCK_D,
+                    True, LISTED, PRECISION, LOG2E,
+                )  # fmt: skip
+        for step in tl.range(near, count, TOKENS):
+            grad_k, grad_v = _key_step(
+                q, grad_out, lse, deltas, keys, values, key, tokens, list_start, step, count, lowest, kv_head,
+                stride_q, stride_q_head, scale_log2, grad_k, grad_v, KV_HEADS, GROUP, TOKENS, ROWS, D, BLOCK_D, False,
+                LISTED, PRECISION, LOG2E,
+            )  # fmt: skip
         within = tl.arange(0, KEYS)
         channel = tl.arange(0, BLOCK_D)
         target = parts + row_offsets(segment, 2 * KEYS * D) + (within * D)[:, None] + channel[None, :]
