@@ -21,6 +21,7 @@ from minim3.kernels.triton import lists as query_lists
 from minim3.kernels.triton.keys import (
     LN_2,
     LOG2_E,
+    key_offsets,
     load_keys,
     load_rows,
     power_of_two,
@@ -45,34 +46,31 @@ _LIST_TOKENS = 32
 @triton.jit
 def _index_scores(
     index_query, index_k, start, within, first_key, num_keys, stride_index_k, index_position, index_member,
-    index_scale_log2, INDEX_D: tl.constexpr, BLOCK_INDEX_D: tl.constexpr, PRECISION: tl.constexpr,
+    index_scale_log2, INDEX_D: tl.constexpr, BLOCK_INDEX_D: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scaled scores (base 2) of index rows, -inf where hidden; and the index keys."""
-    key = start + within
-    seen = key < num_keys
-    index_keys = load_keys(index_k, row_offsets(first_key + key, stride_index_k), seen, INDEX_D, BLOCK_INDEX_D, True)
+    """Scaled scores (base 2) of index rows, -inf where hidden; and the index keys. MASKED: some may not be seen."""
+    place, offsets = key_offsets(start, within, first_key, num_keys - 1, index_k, 0, stride_index_k, 1, False, False)
+    index_keys = load_keys(index_k + place, offsets, start + within < num_keys, INDEX_D, BLOCK_INDEX_D, MASKED)
     scores = tl.dot(index_query, tl.trans(index_keys), input_precision=PRECISION) * index_scale_log2
-    visible = index_member[:, None] & (key[None, :] <= index_position[:, None])
+    visible = index_member[:, None]
+    if MASKED:
+        visible = visible & ((start + within)[None, :] <= index_position[:, None])
     return tl.where(visible, scores, float("-inf")), index_keys
 
 
 @triton.jit
-def _scores(
-    query, index_query, k, index_k, start, within, first_key, num_keys, stride_k, stride_index_k, position, member,
-    index_position, index_member, scale_log2, index_scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, INDEX_D: tl.constexpr, BLOCK_INDEX_D: tl.constexpr, PRECISION: tl.constexpr,
+def _teacher_scores(
+    query, k, start, within, first_key, num_keys, stride_k, position, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scaled scores (base 2) of rows and of index rows, -inf where hidden; and the index keys."""
-    key = start + within
-    seen = key < num_keys
-    keys = load_keys(k, row_offsets(first_key + key, stride_k), seen, D, BLOCK_D, True)
-    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION) * scale_log2
-    scores = tl.where(member[:, None] & (key[None, :] <= position[:, None]), scores, float("-inf"))
-    index_scores, index_keys = _index_scores(
-        index_query, index_k, start, within, first_key, num_keys, stride_index_k, index_position, index_member,
-        index_scale_log2, INDEX_D, BLOCK_INDEX_D, PRECISION,
-    )  # fmt: skip
-    return scores, index_scores, index_keys
+    """Scores of rows, not yet scaled; MASKED: -inf where a row may not look."""
+    place, offsets = key_offsets(start, within, first_key, num_keys - 1, k, 0, stride_k, 1, False, False)
+    keys = load_keys(k + place, offsets, start + within < num_keys, D, BLOCK_D, MASKED)
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
+    if MASKED:
+        scores = tl.where((start + within)[None, :] <= position[:, None], scores, float("-inf"))
+    return scores
 
 
 @triton.jit
@@ -126,36 +124,39 @@ def _query_kernel(
         within = tl.arange(0, KEYS)
         if SPARSE:
             base = row_offsets(tile * KV_HEADS + kv_head, CANDIDATES)
-            steps = tl.load(union_counts + row_offsets(tile * KV_HEADS + kv_head, 3) + 1) * STEPS
+            counts = union_counts + row_offsets(tile * KV_HEADS + kv_head, 3)
+            complete = tl.load(counts) * STEPS
+            steps = tl.load(counts + 1) * STEPS
         else:
             base = 0
+            complete = tl.minimum(lowest + 1, num_keys) // KEYS
             steps = (num_keys + KEYS - 1) // KEYS
         top = tl.full([TOKENS * GROUP], float("-inf"), tl.float32)
         total = tl.zeros([TOKENS * GROUP], tl.float32)
         index_top = tl.full([TOKENS], float("-inf"), tl.float32)
         index_total = tl.zeros([TOKENS], tl.float32)
-        for step in tl.range(0, steps):
-            place = step * KEYS
-            member = used
-            index_member = index_used
-            if SPARSE:
-                place = (tl.load(union_ids + base + step // STEPS) * STEPS + step % STEPS) * KEYS
-                members = tl.load(union_members + base + step // STEPS)
-                member = used & (((members >> (row // GROUP)) & 1) != 0)
-                index_member = index_used & (((members >> token) & 1) != 0)
-            if KNOWN:
+        for masked in tl.static_range(2):  # blocks that every token sees whole come first
+            for step in tl.range(complete if masked else 0, steps if masked else complete):
+                place = step * KEYS
+                member = used
+                index_member = index_used
+                if SPARSE:
+                    place = (tl.load(union_ids + base + step // STEPS) * STEPS + step % STEPS) * KEYS
+                    members = tl.load(union_members + base + step // STEPS)
+                    member = used & (((members >> (row // GROUP)) & 1) != 0)
+                    index_member = index_used & (((members >> token) & 1) != 0)
+                if not KNOWN:
+                    scores = _teacher_scores(
+                        query, k, place, within, first_key, num_keys, stride_k, position, D, BLOCK_D, masked == 1,
+                        PRECISION,
+                    )  # fmt: skip
+                    scores = tl.where(member[:, None], scores * scale_log2, float("-inf"))
+                    top, total = _add_exponentials(scores, top, total)
                 index_scores, _ = _index_scores(
                     index_query, index_k, place, within, first_key, num_keys, stride_index_k, index_position,
-                    index_member, index_scale_log2, INDEX_D, BLOCK_INDEX_D, PRECISION,
+                    index_member, index_scale_log2, INDEX_D, BLOCK_INDEX_D, masked == 1, PRECISION,
                 )  # fmt: skip
-            else:
-                scores, index_scores, _ = _scores(
-                    query, index_query, k, index_k, place, within, first_key, num_keys, stride_k, stride_index_k,
-                    position, member, index_position, index_member, scale_log2, index_scale_log2, D, BLOCK_D, INDEX_D,
-                    BLOCK_INDEX_D, PRECISION,
-                )  # fmt: skip
-                top, total = _add_exponentials(scores, top, total)
-            index_top, index_total = _add_exponentials(index_scores, index_top, index_total)
+                index_top, index_total = _add_exponentials(index_scores, index_top, index_total)
         # Rows beyond the tile's queries saw nothing: an infinite sum makes their probabilities zero.
         flat = row_offsets(first_query + row // GROUP, KV_HEADS * GROUP) + head
         if KNOWN:
@@ -168,28 +169,31 @@ def _query_kernel(
         )
         losses = tl.zeros([TOKENS], tl.float32)
         acc = tl.zeros([TOKENS, BLOCK_INDEX_D], tl.float32)
-        for step in tl.range(0, steps):
-            place = step * KEYS
-            member = used
-            index_member = index_used
-            if SPARSE:
-                place = (tl.load(union_ids + base + step // STEPS) * STEPS + step % STEPS) * KEYS
-                members = tl.load(union_members + base + step // STEPS)
-                member = used & (((members >> (row // GROUP)) & 1) != 0)
-                index_member = index_used & (((members >> token) & 1) != 0)
-            scores, index_scores, index_keys = _scores(
-                query, index_query, k, index_k, place, within, first_key, num_keys, stride_k, stride_index_k, position,
-                member, index_position, index_member, scale_log2, index_scale_log2, D, BLOCK_D, INDEX_D, BLOCK_INDEX_D,
-                PRECISION,
-            )  # fmt: skip
-            shares = tl.exp2(scores - log_sum[:, None])
-            teacher = tl.sum(tl.reshape(shares, [TOKENS, GROUP, KEYS]), 1) / GROUP
-            log_student = index_scores - index_log_sum[:, None]
-            some = teacher != 0.0
-            gap = tl.log2(tl.where(some, teacher, 1.0)) - tl.where(some, log_student, 0.0)
-            losses += tl.sum(tl.where(some, teacher * gap, 0.0), 1)
-            slope = tl.exp2(log_student) - teacher
-            acc = tl.dot(slope.to(index_keys.dtype), index_keys, acc, input_precision=PRECISION)
+        for masked in tl.static_range(2):
+            for step in tl.range(complete if masked else 0, steps if masked else complete):
+                place = step * KEYS
+                member = used
+                index_member = index_used
+                if SPARSE:
+                    place = (tl.load(union_ids + base + step // STEPS) * STEPS + step % STEPS) * KEYS
+                    members = tl.load(union_members + base + step // STEPS)
+                    member = used & (((members >> (row // GROUP)) & 1) != 0)
+                    index_member = index_used & (((members >> token) & 1) != 0)
+                scores = _teacher_scores(
+                    query, k, place, within, first_key, num_keys, stride_k, position, D, BLOCK_D, masked == 1, PRECISION
+                )
+                index_scores, index_keys = _index_scores(
+                    index_query, index_k, place, within, first_key, num_keys, stride_index_k, index_position,
+                    index_member, index_scale_log2, INDEX_D, BLOCK_INDEX_D, masked == 1, PRECISION,
+                )  # fmt: skip
+                shares = tl.exp2(scores * scale_log2 - tl.where(member, log_sum, float("inf"))[:, None])
+                teacher = tl.sum(tl.reshape(shares, [TOKENS, GROUP, KEYS]), 1) / GROUP
+                log_student = index_scores - index_log_sum[:, None]
+                some = teacher != 0.0
+                gap = tl.log2(tl.where(some, teacher, 1.0)) - tl.where(some, log_student, 0.0)
+                losses += tl.sum(tl.where(some, teacher * gap, 0.0), 1)
+                slope = tl.exp2(log_student) - teacher
+                acc = tl.dot(slope.to(index_keys.dtype), index_keys, acc, input_precision=PRECISION)
         tl.store(lse + flat, log_sum, mask=used)
         index_flat = row_offsets(first_query + token, KV_HEADS) + kv_head
         tl.store(index_lse + index_flat, index_log_sum, mask=index_used)
@@ -242,8 +246,10 @@ def _key_kernel(
                 log_sum = tl.load(
                     lse + row_offsets(token, KV_HEADS * GROUP) + head, mask=used, other=float("inf")
                 )
-                scores = tl.dot(keys, tl.trans(query), input_precision=PRECISION) * scale_log2
-                teacher += tl.exp2(tl.where(visible, scores, float("-inf")) - log_sum[None, :])
+                scores = tl.dot(keys, tl.trans(query), input_precision=PRECISION)
+                teacher += tl.exp2(scores * scale_log2 - log_sum[None, :])
+            # What is hidden may be anything, even infinite.
+            teacher = tl.where(visible, teacher, 0.0)
             index_query = load_rows(
                 index_q, row_offsets(token, stride_index_q) + kv_head * stride_index_q_head, used, INDEX_D,
                 BLOCK_INDEX_D,
