@@ -286,6 +286,8 @@ def test_prompt_from_stdin_system_and_thinking(run: Run, tiny: Path) -> None:
     assert thinking["text"] == ""
     assert thinking["reasoning"]
     assert_refused(run("generate", *common, stdin=""), "empty")
+    assert_refused(run("generate", *common, stdin=" \n"), "empty")
+    assert_refused(run("generate", " ", *common), "the prompt is empty")
 
 
 def test_sampling_is_repeatable_by_its_seed(run: Run, tiny: Path) -> None:

@@ -78,12 +78,14 @@ def describe_answer(answer: Answer, session: Session) -> dict[str, Any]:
 
 
 def read_prompt(prompt: str | None) -> str:
-    """The prompt given, or what stdin holds. ValueError where there is neither."""
+    """The prompt given, or what stdin holds. ValueError where there is neither, or nothing in it."""
     if prompt is not None and prompt != "-":
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
         return prompt
     if prompt is None and sys.stdin.isatty():
         raise ValueError('no prompt: minim3 generate "..." or pipe it in (minim3 generate - reads the keyboard)')
     text = sys.stdin.read().rstrip("\n")
-    if not text:
+    if not text.strip():
         raise ValueError("the prompt on stdin is empty")
     return text
