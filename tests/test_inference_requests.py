@@ -83,6 +83,15 @@ def test_a_complete_grammar_may_end_before_the_least_length() -> None:
     assert answer(params, guide=OnlyEnd(3)).output_ids == [2]
 
 
+def test_forbidden_and_late_ids() -> None:
+    """The first are never chosen, the second not before the least length."""
+    free = answer(SamplingParams(max_new_tokens=8)).output_ids
+    assert free[0] not in answer(SamplingParams(max_new_tokens=8, forbidden_ids=(free[0],))).output_ids
+    late = answer(SamplingParams(max_new_tokens=8, min_new_tokens=1, late_ids=(free[0],))).output_ids
+    assert late[0] != free[0]
+    assert answer(SamplingParams(max_new_tokens=8, late_ids=(free[0],))).output_ids == free
+
+
 def test_stop_strings_wait_for_the_least_length_and_may_be_kept() -> None:
     tokens = answer(SamplingParams(max_new_tokens=20)).output_ids
     text = "".join(map(LetterDetokenizer().feed, tokens))

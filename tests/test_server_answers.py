@@ -98,7 +98,10 @@ def test_every_split_of_a_stream_equals_the_one_shot_parse(
 def test_stop_strings_do_not_depend_on_where_tokens_end(
     text: str, stops: list[str], cuts: list[int], include: bool, chat: bool
 ) -> None:
-    """The text up to the stop string that is complete first, in chat and in plain text, whatever the tokens."""
+    """The text up to the stop string that is complete first, in chat and in plain text, whatever the tokens.
+
+    Chat kept white space back, a blank line in the answer too, and went on until something else came.
+    """
     tokenizer = pocket()[1].tokenizer
     ids = [*tokens(tokenizer, text, cuts), tokenizer.eos_token_id]
     ending = Ending(tuple(stops), include)
@@ -113,9 +116,12 @@ def test_stop_strings_do_not_depend_on_where_tokens_end(
     if ends:
         _, start, stop = min(ends)
         expected = whole[:start] + (stop if include else "")
-    found, _ = read(reader, ids)
+    found, taken = read(reader, ids, "length")
     assert found["content"] == expected == reader.result.content
-    assert found["reason"] == "stop"
+    assert found["reason"] == ("stop" if ends else "length")
+    if ends:
+        complete = (n for n in range(len(ids)) if any(stop in tokenizer.decode(ids[:n]) for stop in stops))
+        assert taken == next(complete)
 
 
 def test_tokens_of_the_content_are_its_text() -> None:
@@ -125,6 +131,25 @@ def test_tokens_of_the_content_are_its_text() -> None:
         ids = [*tokens(tokenizer, text, []), tokenizer.eos_token_id]
         found, _ = read(ChatReader(0, tokenizer, mode, [WEATHER], Ending(), str), ids)
         assert tokenizer.decode(found["tokens"]).rstrip() == found["content"]
+
+
+def test_a_stop_before_a_call_ends_the_answer() -> None:
+    tokenizer = pocket()[1].tokenizer
+    ids = tokens(tokenizer, f"code:\n{CALL}", [])
+    found, taken = read(ChatReader(0, tokenizer, "disabled", [WEATHER], Ending(("\n",)), str), ids)
+    assert (found["content"], found["calls"], found["reason"]) == ("code:", {}, "stop")
+    assert taken < len(ids)
+
+
+def test_every_token_of_a_text_has_an_entry() -> None:
+    """Harnesses count them: those of the end and of a stop token too, which say nothing."""
+    tokenizer = pocket()[1].tokenizer
+    (seven, *_), end = tokenizer.encode("7"), tokenizer.eos_token_id
+    for ids, stop_ids in (([seven, end], ()), ([seven, seven], (seven,))):
+        reader = TextReader(0, tokenizer, Ending(stop_token_ids=frozenset(stop_ids)), [end])
+        updates = [reader.feed(TokenEvent(None, one)) for one in ids[: 1 if stop_ids else 2]]  # type: ignore[arg-type]
+        entries = [(entry.token_id, entry.silent) for update in updates for entry in update.entries]
+        assert entries == ([(seven, True)] if stop_ids else [(seven, False), (end, True)])
 
 
 def test_min_tokens_holds_stop_strings_back() -> None:

@@ -342,6 +342,43 @@ def test_a_clip_in_a_data_url_is_seen(plain: Running) -> None:
     assert seen[0] != seen[1]
 
 
+def test_what_a_call_said_can_be_sent_back(plain: Running) -> None:
+    """Keys that no tag can hold came out as JSON text, and were refused in the next turn: a conversation stuck."""
+    schema = {"type": "object", "properties": {"files": {"const": {"/etc/hosts": 1}}}, "required": ["files"]}
+    asked: dict[str, Any] = {
+        "model": "pocket", "messages": QUESTION, "extra_body": OFF, "max_tokens": 200, "tool_choice": "required",
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": schema}}],
+    }  # fmt: skip
+    message = plain.client().chat.completions.create(**asked).choices[0].message
+    assert json.loads(message.tool_calls[0].function.arguments) == {"files": {"/etc/hosts": 1}}
+    history = [*QUESTION, message.model_dump(exclude_none=True)]
+    history.append({"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "done"})
+    again = plain.client().chat.completions.create(**{**asked, "messages": history, "tool_choice": "none"})
+    assert not again.choices[0].message.tool_calls
+
+
+def test_variables_of_the_template(plain: Running) -> None:
+    """enable_thinking is what clients of several models send; a variable that is not read is named."""
+    for enable, thinks in ((True, True), (False, False)):
+        body = {"messages": QUESTION, "max_tokens": 8, "chat_template_kwargs": {"enable_thinking": enable}}
+        known = {**body, "chat_template_kwargs": {"thinking_mode": "enabled" if thinks else "disabled"}}
+        answers = [plain.http().post("/v1/chat/completions", json=one).json() for one in (body, known)]
+        assert answers[0]["usage"]["prompt_tokens"] == answers[1]["usage"]["prompt_tokens"]
+    wrong = plain.http().post("/v1/chat/completions", json={**body, "chat_template_kwargs": {"tongue": 1}})
+    assert wrong.status_code == 400
+    assert wrong.json()["error"]["param"] == "chat_template_kwargs.tongue"
+
+
+def test_fields_that_ask_for_nothing_pass(plain: Running) -> None:
+    inert = {"functions": [], "function_call": "none", "best_of": 1, "background": False, "priority": 0}
+    answer = plain.http().post("/v1/chat/completions", json={"messages": QUESTION, "max_tokens": 2, **inert})
+    assert answer.status_code == 200, answer.text
+    refusal = {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}
+    told = [*QUESTION, refusal, {"role": "assistant", "content": None, "refusal": "no"}, *QUESTION]
+    assert plain.http().post("/v1/chat/completions", json={"messages": told, "max_tokens": 2}).status_code == 200
+    assert plain.http().post("/tokenize", json={"prompt": "a", "add_special_tokens": False}).status_code == 200
+
+
 def test_tool_choice_none_tells_the_model_of_no_tool(plain: Running) -> None:
     asked: dict[str, Any] = {"model": "pocket", "messages": QUESTION}
     with_none = plain.client().chat.completions.create(**asked, tools=[WEATHER], tool_choice="none")
@@ -480,7 +517,7 @@ def test_max_tokens_cuts_and_says_so(plain: Running) -> None:
             "adaptive",
         ),
         ({"messages": QUESTION, "chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs", "cannot be set"),
-        ({"messages": QUESTION, "functions": []}, "functions", "tools"),
+        ({"messages": QUESTION, "functions": [{"name": "f"}]}, "functions", "tools"),
         ({"messages": QUESTION, "priority": 3}, "priority", "--allow-priority"),
         ({"messages": QUESTION, "modalities": ["audio"]}, "modalities", "text"),
         ({"messages": [{"role": "user", "content": "a " * 9000}]}, "messages", "8192"),

@@ -71,6 +71,40 @@ def test_echo_and_its_logprobs_are_those_of_the_model(plain: Running, monkeypatc
     assert scored.usage.completion_tokens == 0
 
 
+def test_harnesses_score_the_last_token_of_a_prompt(plain: Running) -> None:
+    """One token is asked for behind the prompt and taken off again: where it was the end it had no entry, and the last
+    token of every choice was taken off in its place, so that all choices of one token tied."""
+    processor = pocket()[1]
+    messages = [{"role": "user", "content": "What is 3 plus 4?"}]
+    asked = processor.apply_chat_template(messages, thinking_mode="disabled", return_tensors=None)["input_ids"]
+    found = {}
+    for answer in ("7", "8"):
+        ids = [*asked, *processor.tokenizer.encode(answer)]
+        choice = complete(plain, prompt=ids, echo=True, logprobs=1, max_tokens=1, temperature=0).choices[0]
+        assert len(choice.logprobs.tokens) == len(choice.logprobs.text_offset) == len(ids) + 1
+        assert choice.text == processor.tokenizer.decode(ids)
+        assert choice.logprobs.tokens[-1] == ""
+        found[answer] = sum(choice.logprobs.token_logprobs[len(asked) : -1])
+    assert found["8"] < found["7"] - 1 < 0
+
+
+def test_offsets_of_characters_of_several_tokens(plain: Running) -> None:
+    choice = complete(plain, prompt="aé日b", echo=True, logprobs=0, max_tokens=0).choices[0]
+    tokens, offsets = choice.logprobs.tokens, choice.logprobs.text_offset
+    assert (tokens[0], tokens[-1], offsets[0], offsets[-1]) == ("a", "b", 0, 3)
+    assert all(token.startswith("bytes:\\x") for token in tokens[1:-1] if token not in "é日")
+    assert offsets == sorted(offsets)
+
+
+def test_min_tokens_holds_stop_tokens_back(plain: Running) -> None:
+    prompt = "What is 3 plus"
+    ids = pocket()[1].tokenizer.encode(complete(plain, prompt=prompt, max_tokens=8).choices[0].text)
+    body = {"stop_token_ids": ids[:1]}
+    assert complete(plain, prompt=prompt, max_tokens=8, extra_body=body).usage.completion_tokens == 1
+    held = complete(plain, prompt=prompt, max_tokens=8, extra_body={**body, "min_tokens": 6, "ignore_eos": True})
+    assert held.usage.completion_tokens >= 7
+
+
 def test_a_stream_with_echo_and_logprobs_adds_up(plain: Running) -> None:
     asked: dict[str, Any] = {"prompt": "What is", "echo": True, "logprobs": 1}
     whole = complete(plain, **asked).choices[0]

@@ -437,7 +437,8 @@ def test_extras_become_a_response_format() -> None:
     assert fold({"type": "text"}, {"structured_outputs": {"json": schema, "regex": None}}) == wanted
     assert fold(None, {"guided_regex": "a+"}) == {"type": "regex", "regex": "a+"}
     assert fold(None, {"structured_outputs": {"choice": ["a"]}}) == {"type": "choice", "choice": ["a"]}
-    assert fold(None, {"structured_outputs": {"json_object": True}}) == {"type": "json_object"}
+    options = {"json_object": True, "disable_any_whitespace": True, "disable_fallback": True}
+    assert fold(None, {"structured_outputs": options}) == {"type": "json_object"}
 
 
 @pytest.mark.parametrize(

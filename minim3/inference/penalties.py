@@ -83,12 +83,15 @@ class Penalties:
                 scores.sub_(counts.answer, alpha=params.frequency_penalty)
             for token_id in ahead:
                 counts.add(token_id, -1)
-        if request.num_output_tokens + len(ahead) < params.min_new_tokens and params.eos_token_ids:
-            ends = torch.tensor([i for i in params.eos_token_ids if i < scores.shape[0]], device=scores.device)
+        masked = list(params.forbidden_ids)
+        if request.num_output_tokens + len(ahead) < params.min_new_tokens:
+            masked += [*params.eos_token_ids, *params.late_ids]
+        if masked:
+            ends = torch.tensor([i for i in masked if i < scores.shape[0]], dtype=torch.int64, device=scores.device)
             kept = scores[ends]
             scores[ends] = -torch.inf
             if request.guide is not None and bool((scores == -torch.inf).all()):
-                scores[ends] = kept  # its grammar is complete, and allows nothing but the end
+                scores[ends] = kept  # its grammar is complete, and allows nothing but the end (or what is masked here)
 
 
 class _Counts:

@@ -63,6 +63,7 @@ class SamplingParams:
         presence_penalty: taken from the logit of every token that the answer holds, in [-2, 2].
         frequency_penalty: taken once for every time that the answer holds the token, in [-2, 2].
         logit_bias: token id -> added to its logit, in [-100, 100].
+        forbidden_ids: ids that are never chosen. late_ids: not among the first ``min_new_tokens`` tokens.
         seed: seed of this request's own random stream; None draws one from torch's global generator.
         stop: strings that end the request once they stand in its text (needs a detokenizer).
         include_stop_str_in_output: leave the stop string in the text.
@@ -86,6 +87,8 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    forbidden_ids: tuple[int, ...] = ()
+    late_ids: tuple[int, ...] = ()
     seed: int | None = None
     stop: tuple[str, ...] = ()
     include_stop_str_in_output: bool = False
@@ -121,10 +124,12 @@ class SamplingParams:
             _check_integer("logprobs", self.logprobs, low=0, high=MAX_LOGPROBS)
         if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
             raise ValueError(f"stop must be a tuple of non-empty strings, got {self.stop!r}")
-        if not isinstance(self.eos_token_ids, tuple):
-            raise ValueError(f"eos_token_ids must be a tuple of token ids, got {self.eos_token_ids!r}")
-        for token_id in self.eos_token_ids:
-            _check_integer("every id of eos_token_ids", token_id, low=0)
+        for name in ("eos_token_ids", "forbidden_ids", "late_ids"):
+            ids = getattr(self, name)
+            if not isinstance(ids, tuple):
+                raise ValueError(f"{name} must be a tuple of token ids, got {ids!r}")
+            for token_id in ids:
+                _check_integer(f"every id of {name}", token_id, low=0)
 
     @property
     def greedy(self) -> bool:
@@ -144,6 +149,7 @@ class SamplingParams:
             or self.presence_penalty
             or self.frequency_penalty
             or self.logit_bias
+            or self.forbidden_ids
             or self.min_new_tokens
         )
 

@@ -75,6 +75,16 @@ class StopStrings:
         self._held = text[len(text) - length :]
         return text[: len(text) - length]
 
+    def look_ahead(self, text: str) -> str | None:
+        """The text up to a stop string that `text` would complete, which then counts as found; else None."""
+        found = StopStrings(self._stops)
+        found._held = self._held
+        before = found.feed(text)
+        if self.stopped_by is not None or found.stopped_by is None:
+            return None
+        self.stopped_by, self._held = found.stopped_by, ""
+        return before
+
     def finish(self) -> str:
         """The text held back when generation ends without a stop string."""
         rest, self._held = self._held, ""

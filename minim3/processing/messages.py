@@ -82,6 +82,8 @@ def _normalize_message(message: Mapping[str, Any], where: str) -> Message:
     if reasoning is not None and not isinstance(reasoning, str):
         raise ValueError(f"{where}.reasoning_content must be a string, got {type(reasoning).__name__}")
     content = message.get("content")
+    if content is None and role == "assistant":
+        content = message.get("refusal")
     if content is None and not (role == "assistant" and (calls or reasoning)):
         raise ValueError(f"{where} ({role}) has no content")
     parts = _normalize_content(content, f"{where}.content")
@@ -109,10 +111,10 @@ def _normalize_part(part: Any, where: str) -> Part:
     if not isinstance(part, Mapping):
         raise ValueError(f"{where} is a {type(part).__name__}, expected a mapping with a type")
     kind = part.get("type")
-    if kind == "text":
-        text = part.get("text")
+    if kind in ("text", "refusal"):
+        text = part.get(kind)
         if not isinstance(text, str):
-            raise ValueError(f"{where}: a text part needs a string under 'text', got {type(text).__name__}")
+            raise ValueError(f"{where}: a {kind} part needs a string under {kind!r}, got {type(text).__name__}")
         return Part(TEXT, text)
     if kind in ("image_url", "video_url"):
         media = part.get(kind)
@@ -149,28 +151,42 @@ def _normalize_tool_call(call: Any, where: str) -> ToolCall:
         arguments = {}
     if not isinstance(arguments, Mapping):
         raise ValueError(f"{where} ({name}): arguments must be an object, got {type(arguments).__name__}")
-    _check_argument(arguments, f"{where} ({name})")
+    written = _as_elements(arguments, f"{where} ({name})", is_outermost=True)
     identifier = call.get("id")
     if identifier is not None and not isinstance(identifier, str):
         raise ValueError(f"{where}.id must be a string, got {type(identifier).__name__}")
-    return ToolCall(name, dict(arguments), identifier)
+    return ToolCall(name, written, identifier)
 
 
-def _check_argument(value: Any, where: str, levels_left: int = MAX_ARGUMENT_DEPTH) -> None:
+def _as_elements(value: Any, where: str, levels_left: int = MAX_ARGUMENT_DEPTH, is_outermost: bool = False) -> Any:
+    """The value as elements can say it: what has keys that no tag can hold, as JSON text."""
     if levels_left == 0:
         raise ValueError(f"{where}: arguments are nested deeper than {MAX_ARGUMENT_DEPTH} levels")
     if isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, str) or not key or "/" in (key[0], key[-1]) or _TAG_DELIMITERS & set(key):
-                raise ValueError(f"{where}: argument name {key!r} cannot be written as an element")
-            _check_argument(item, f"{where}.{key}", levels_left - 1)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_argument(item, where, levels_left - 1)
-    elif isinstance(value, float) and not math.isfinite(value):
+        bad = next((key for key in value if not _is_tag_name(key)), None)
+        if is_outermost and bad is not None:
+            raise ValueError(f"{where}: argument name {bad!r} cannot be written as an element")
+        if bad is not None:
+            return _as_json(value, where)
+        return {key: _as_elements(item, f"{where}.{key}", levels_left - 1) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_elements(item, where, levels_left - 1) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{where}: {value} is not a JSON number")
-    elif value is not None and not isinstance(value, (str, int, float)):
+    if value is not None and not isinstance(value, (str, int, float)):
         raise ValueError(f"{where}: a {type(value).__name__} is not a JSON value")
+    return value
+
+
+def _is_tag_name(key: Any) -> bool:
+    return isinstance(key, str) and bool(key) and "/" not in (key[0], key[-1]) and not _TAG_DELIMITERS & set(key)
+
+
+def _as_json(value: Any, where: str) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{where}: arguments are not JSON: {error}") from error
 
 
 def _order_tool_results(messages: list[Message]) -> list[Message]:

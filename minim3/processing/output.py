@@ -122,6 +122,11 @@ class OutputParser:
         self._delta_content: list[str] = []
         self._delta_calls: list[ToolCallDelta] = []
 
+    @property
+    def white_space(self) -> str:
+        """White space at the end of the content so far: part of it only if more content follows."""
+        return self._space if self._state is _State.CONTENT and not self._after_calls and self._tag is None else ""
+
     # --- input ---------------------------------------------------------------------------------------------------
 
     def feed(self, ids: Iterable[int] | int) -> OutputDelta:

@@ -240,6 +240,11 @@ class MiniMaxM3VLProcessor:
             output["input_ids"], output["attention_mask"] = output["input_ids"][0], output["attention_mask"][0]
         return output if return_dict else output["input_ids"]
 
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """The variables that the checkpoint's own template reads; none in the built-in chat format."""
+        return frozenset() if self._compiled is None else self._compiled.variables
+
     def encode_conversation(
         self,
         messages: Sequence[Mapping[str, Any]],

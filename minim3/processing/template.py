@@ -171,7 +171,7 @@ class ChatTemplate:
         try:
             self._template = environment.from_string(source)
             reads = jinja2.meta.find_undeclared_variables(environment.parse(source))
-            self._variables = reads - {"messages", *environment.globals}
+            self.variables = frozenset(reads - {"messages", *environment.globals})
         except jinja2.exceptions.TemplateError as error:
             raise ValueError(f"the checkpoint's chat template is not valid: {error}") from error
 
@@ -195,9 +195,9 @@ class ChatTemplate:
                 `variables`: it would be dropped in silence.
         """
         for name in variables:
-            if name not in self._variables:
-                near = difflib.get_close_matches(name, self._variables | {"thinking_mode"}, n=1)
-                reads = f"did you mean {near[0]!r}?" if near else f"it reads {', '.join(sorted(self._variables))}"
+            if name not in self.variables:
+                near = difflib.get_close_matches(name, self.variables | {"thinking_mode"}, n=1)
+                reads = f"did you mean {near[0]!r}?" if near else f"it reads {', '.join(sorted(self.variables))}"
                 raise ValueError(f"the checkpoint's chat template has no variable {name!r}: {reads}")
         plain_messages = [_template_message(message) for message in messages]
         plain_tools = list(tools)

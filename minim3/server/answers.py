@@ -19,10 +19,11 @@ from minim3.processing.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class TokenEntry:
-    """A token that belongs to the text of an answer, with what was asked about it."""
+    """A token of an answer, with what was asked about it; `silent` ones say nothing (the end, say)."""
 
     token_id: int
     logprobs: TokenLogprobs | None
+    silent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +144,8 @@ class ChatReader:
 
     def finish(self, reason: str) -> Update:
         """The end of the answer, for `reason`: stop or length."""
-        self._reason = "stop" if self.stopped else reason
         update = self._update(self._parser.finish(), last=True)
+        self._reason = "stop" if self.stopped else reason
         return replace(update, finish_reason=self.result.finish_reason)
 
     @property
@@ -166,6 +167,9 @@ class ChatReader:
             content = ""
         elif self.num_tokens > self._ending.min_tokens or last:
             content = self._stops.feed(content)
+            if self._stops.stopped_by is None and not last:
+                # A stop string may be white space, which the parser keeps back: a call might follow.
+                content += self._stops.look_ahead(self._parser.white_space) or ""
             if self._stops.stopped_by is not None:
                 self.stopped = True
                 self._entries.clear()
@@ -195,16 +199,16 @@ class TextReader:
         self._reason = "stop"
 
     def feed(self, event: TokenEvent) -> Update:
-        self.num_tokens += 1
-        if event.token_id in self._ending.stop_token_ids:
-            self.stopped = True
+        """Every token has an entry: harnesses count those behind a prompt."""
         if self.stopped:
             return Update(self.index, OutputDelta())
-        text = "" if event.token_id in self._silent else self._detokenizer.feed(event.token_id)
-        if self.num_tokens > self._ending.min_tokens:
+        self.num_tokens += 1
+        self.stopped = event.token_id in self._ending.stop_token_ids
+        silent = self.stopped or event.token_id in self._silent
+        text = "" if silent else self._detokenizer.feed(event.token_id)
+        if self.num_tokens > self._ending.min_tokens and not self.stopped:
             text = self._cut(text)
-        entries = () if event.token_id in self._silent else (TokenEntry(event.token_id, event.logprobs),)
-        return self._update(text, entries)
+        return self._update(text, (TokenEntry(event.token_id, event.logprobs, silent),))
 
     def finish(self, reason: str) -> Update:
         text = ""

@@ -61,7 +61,7 @@ class ChatAnswer:
         """Encode the conversation and queue it."""
         state, body = self._state, self._body
         settings = state.settings
-        mode, variables = prompts.thinking_mode(settings, body.reasoning_effort, body.chat_template_kwargs)
+        mode, variables = prompts.thinking_mode(state, body.reasoning_effort, body.chat_template_kwargs)
         use = prompts.tool_use(settings, body.tools, body.tool_choice, body.parallel_tool_calls)
         stops = prompts.stop_strings(settings, body.stop)
         count = prompts.num_choices(settings, body.n)
@@ -70,6 +70,7 @@ class ChatAnswer:
         params = prompts.sampling_params(
             state, body, max_new_tokens=body.max_completion_tokens or body.max_tokens,
             num_prompt_tokens=len(prompt.ids), logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            forbidden=prompts.call_marker(state, use),
         )  # fmt: skip
         ending = Ending(
             stops, bool(body.include_stop_str_in_output), frozenset(body.stop_token_ids or ()),

@@ -12,6 +12,7 @@ from minim3.inference.engine import Engine
 from minim3.inference.media import find_placeholders
 from minim3.inference.request import TokenLogprobs
 from minim3.model.batch import ForwardBatch
+from minim3.processing.detokenizer import IncrementalDetokenizer
 from minim3.processing.tokenizer import Tokenizer
 from minim3.server import prompts
 from minim3.server.answers import Ending, TextReader, TokenEntry, Update
@@ -89,7 +90,7 @@ class CompletionAnswer:
             "created": int(time.time()),
             "model": state.settings.model_name,
         }
-        self._offsets: dict[int, int] = {}
+        self._offsets: dict[int, _Offset] = {}
 
     async def submit(self) -> None:
         """Encode the prompts and queue them."""
@@ -191,29 +192,50 @@ class CompletionAnswer:
     def _choice(self, index: int, text: str, entries: Sequence[TokenEntry], reason: str | None) -> dict[str, Any]:
         logprobs = None
         if self._body.logprobs is not None:
-            offset = self._offsets.get(index, 0)
-            logprobs, self._offsets[index] = _logprobs(self._state.processor.tokenizer, entries, offset)
+            tokenizer = self._state.processor.tokenizer
+            logprobs = _logprobs(tokenizer, entries, self._offsets.setdefault(index, _Offset(tokenizer)))
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
-def _logprobs(tokenizer: Tokenizer, entries: Sequence[TokenEntry], offset: int) -> tuple[dict[str, Any], int]:
-    """OpenAI's older form of log-probabilities, and where the next token's text begins."""
+class _Offset:
+    """Where in the text of an answer the next token begins; a character of several tokens counts with its last."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
+        self._next = 0
+
+    def of(self, entry: TokenEntry) -> int:
+        start = self._next
+        self._next += 0 if entry.silent else len(self._detokenizer.feed(entry.token_id))
+        return start
+
+
+def _name(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token's text; bytes that are no whole characters as OpenAI writes them."""
+    found = tokenizer.token_bytes(token_id)
+    try:
+        return found.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in found)
+
+
+def _logprobs(tokenizer: Tokenizer, entries: Sequence[TokenEntry], offset: _Offset) -> dict[str, Any]:
+    """OpenAI's older form of log-probabilities."""
     form: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
-        text = tokenizer.decode([entry.token_id])
-        form["tokens"].append(text)
-        form["text_offset"].append(offset)
-        offset += len(text)
+        text = _name(tokenizer, entry.token_id)
+        form["tokens"].append("" if entry.silent else text)
+        form["text_offset"].append(offset.of(entry))
         known = entry.logprobs
         form["token_logprobs"].append(None if known is None else max(known.chosen, -9999.0))
         tops: dict[str, float] | None = None
         if known is not None:
             tops = {}
             for token_id, value in zip(known.top_token_ids, known.top_logprobs):
-                tops.setdefault(tokenizer.decode([token_id]), max(value, -9999.0))
+                tops.setdefault(_name(tokenizer, token_id), max(value, -9999.0))
             tops.setdefault(text, max(known.chosen, -9999.0))
         form["top_logprobs"].append(tops)
-    return form, offset
+    return form
 
 
 def prompt_logprobs(engine: Engine, ids: Sequence[int], num_tops: int) -> list[TokenLogprobs]:

@@ -78,7 +78,7 @@ def router(state: ServerState) -> APIRouter:
 
 
 async def _inspect(state: ServerState, body: InspectRequest) -> str:
-    mode, variables = prompts.thinking_mode(state.settings, body.reasoning_effort, body.chat_template_kwargs)
+    mode, variables = prompts.thinking_mode(state, body.reasoning_effort, body.chat_template_kwargs)
     tools = prompts.tool_use(state.settings, body.tools, None, None).tools
     prompts.check_text_length(state, len(str(body.answer)), "answer")
     prompt = await prompts.chat_prompt(state, body.messages, tools, mode, variables)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minim3.inference.request import SamplingParams
+from minim3.processing.chat import NAMESPACE
 from minim3.processing.messages import normalize_tools
 from minim3.processing.tokenizer import END_OF_TURN
 from minim3.server import structured
@@ -61,11 +62,21 @@ def check_model(state: ServerState, name: str | None) -> None:
 
 
 def thinking_mode(
-    settings: ServerSettings, effort: str | None, kwargs: Mapping[str, Any] | None
+    state: ServerState, effort: str | None, kwargs: Mapping[str, Any] | None
 ) -> tuple[str, dict[str, Any]]:
-    """The mode, and the further variables for the template. `chat_template_kwargs.thinking_mode` wins over effort."""
+    """The mode, and the further variables for the template. `chat_template_kwargs.thinking_mode` wins over effort.
+
+    Raises:
+        BadRequest: an unknown mode or effort, a variable that the template does not read (ignored where the settings
+            ignore unknown fields), or one that could spell what is the template's own.
+    """
+    settings, processor = state.settings, state.processor
     variables = dict(kwargs or {})
     mode = variables.pop("thinking_mode", None)
+    enable = variables.get("enable_thinking")
+    if isinstance(enable, bool) and mode is None and "enable_thinking" not in processor.template_variables:
+        # What clients written for several models send.
+        mode = "enabled" if variables.pop("enable_thinking") else "disabled"
     for name, value in variables.items():
         if not name.isidentifier() or name.startswith("_") or name in _RESERVED:
             raise BadRequest(f"{name[:100]!r} cannot be set by a request", param="chat_template_kwargs")
@@ -77,6 +88,15 @@ def thinking_mode(
                 f"{name[:100]} must be a word (up to 64 letters, digits, . _ -), a number or a bool",
                 param=f"chat_template_kwargs.{name[:100]}",
             )
+    unread = [name for name in variables if name not in processor.template_variables]
+    if unread and not settings.ignore_unknown_fields:
+        known = ", ".join(sorted({"thinking_mode", *processor.template_variables} - _RESERVED))
+        raise BadRequest(
+            f"the chat template reads no {unread[0][:100]!r}; known: {known}",
+            param=f"chat_template_kwargs.{unread[0][:100]}",
+        )
+    for name in unread:
+        del variables[name]
     if mode is not None:
         if mode not in THINKING_MODES:
             raise BadRequest(
@@ -97,7 +117,7 @@ def tool_use(
     choice: str | Mapping[str, Any] | None,
     parallel: bool | None,
 ) -> ToolUse:
-    """Checked tools. With `none` the model is not told of any, so it cannot call one.
+    """Checked tools. With `none` the model is not told of any; `call_marker` keeps it from calling one that it knows.
 
     Raises:
         BadRequest: malformed tools, a choice without tools, or of a function that is not among them.
@@ -249,6 +269,7 @@ def sampling_params(
     max_new_tokens: int | None,
     num_prompt_tokens: int,
     logprobs: int | None,
+    forbidden: tuple[int, ...] = (),
 ) -> SamplingParams:
     """What the request asks for, then what the checkpoint's generation config says; greedy where neither samples.
 
@@ -269,7 +290,7 @@ def sampling_params(
         raise BadRequest(f"min_tokens ({body.min_tokens}) is above max_tokens ({max_new_tokens})", param="min_tokens")
     if logprobs is not None and logprobs > settings.max_logprobs:
         raise BadRequest(f"{logprobs} logprobs are more than the limit of {settings.max_logprobs}", param="logprobs")
-    if body.priority is not None and not settings.allow_priority:
+    if body.priority and not settings.allow_priority:
         raise BadRequest("priority: this server does not let requests choose (--allow-priority)", param="priority")
     given = {
         name: value for name in ("temperature", "top_p", "top_k", "min_p") if (value := getattr(body, name)) is not None
@@ -299,6 +320,8 @@ def sampling_params(
             presence_penalty=body.presence_penalty or 0.0,
             frequency_penalty=body.frequency_penalty or 0.0,
             logit_bias=_logit_bias(body.logit_bias, state.model.text_config.vocab_size),
+            forbidden_ids=forbidden,
+            late_ids=tuple(body.stop_token_ids or ()),
             seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
             eos_token_ids=state.eos_token_ids,
             ignore_eos=bool(body.ignore_eos),
@@ -306,6 +329,12 @@ def sampling_params(
         )
     except ValueError as error:
         raise BadRequest(str(error)) from None
+
+
+def call_marker(state: ServerState, use: ToolUse) -> tuple[int, ...]:
+    """What a tool call would begin with, where the request wants none."""
+    token_id = state.processor.tokenizer.added_tokens.get(NAMESPACE)
+    return () if use.choice != "none" or token_id is None else (token_id,)
 
 
 def ignored_ids(state: ServerState, body: SamplingFields) -> frozenset[int]:

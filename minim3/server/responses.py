@@ -60,7 +60,7 @@ class ResponseAnswer:
         """Encode the input and queue it."""
         state, body = self._state, self._body
         settings = state.settings
-        mode, variables = prompts.thinking_mode(settings, body.effort, body.chat_template_kwargs)
+        mode, variables = prompts.thinking_mode(state, body.effort, body.chat_template_kwargs)
         choice = body.tool_choice
         if isinstance(choice, dict) and "function" not in choice:
             choice = {"type": choice.get("type"), "function": {"name": choice.get("name")}}
@@ -72,6 +72,7 @@ class ResponseAnswer:
         params = prompts.sampling_params(
             state, body, max_new_tokens=body.max_output_tokens or body.max_tokens, num_prompt_tokens=len(prompt.ids),
             logprobs=(body.top_logprobs or 0) if body.wants_logprobs else None,
+            forbidden=prompts.call_marker(state, use),
         )  # fmt: skip
         ending = Ending(
             stops, bool(body.include_stop_str_in_output), frozenset(body.stop_token_ids or ()),
@@ -239,7 +240,7 @@ class ResponseItems:
 def _usage(usage: Usage) -> dict[str, Any]:
     return {
         "input_tokens": usage.prompt,
-        "input_tokens_details": {"cached_tokens": usage.cached},
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
         "output_tokens": usage.completion,
         "output_tokens_details": {"reasoning_tokens": usage.reasoning},
         "total_tokens": usage.prompt + usage.completion,

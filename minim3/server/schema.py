@@ -27,6 +27,11 @@ _REPLACED = {
     "background": "answers are not stored; use stream",
 }
 
+_ASKS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "functions": ([],), "function_call": ("none",), "background": (False,), "best_of": (1,),
+}  # fmt: skip
+"""Values of fields that are not supported which ask for nothing else than what happens."""
+
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _TEXTS = {"type": "array", "items": {"type": "string"}, "minItems": 1}
@@ -42,7 +47,9 @@ class RequestModel(BaseModel):
     def check_fields(self, settings: ServerSettings) -> None:
         """Raise BadRequest for a field nobody knows, unless the settings ignore them."""
         for name, value in (self.model_extra or {}).items():
-            if name in NO_EFFECT or value is None:
+            if name in NO_EFFECT or value is None or value in _ASKS_NOTHING.get(name, ()):
+                continue
+            if name == "best_of" and value == getattr(self, "n", None):
                 continue
             if name in _REPLACED:
                 raise BadRequest(f"{name} is not supported: {_REPLACED[name]}", param=name, code="unsupported_field")
@@ -160,6 +167,7 @@ class TokenizeRequest(RequestModel):
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
+    add_special_tokens: bool | None = Field(None, description="Without effect: nothing is added to a text.")
     allow_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 

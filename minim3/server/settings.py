@@ -94,7 +94,7 @@ class ServerSettings:
     max_prompt_tokens: int | None = None
     max_new_tokens: int | None = None
     default_new_tokens: int | None = None
-    max_choices: int = 16
+    max_choices: int = 64
     max_logprobs: int = 20
     max_stops: int = 16
     max_tools: int = 128

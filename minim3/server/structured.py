@@ -39,6 +39,7 @@ _EXTRAS = {
     "grammar": "grammar",
     "json_object": "json_object",
 }
+_AS_IT_IS = frozenset({"disable_any_whitespace", "disable_fallback"})  # options of vLLM that say what is so here
 _MAX_CHOICES = 4096
 _KEPT_GRAMMARS = 64
 
@@ -65,7 +66,7 @@ def fold_extras(response_format: Mapping[str, Any] | None, extras: Mapping[str, 
         if field == "structured_outputs":
             if not isinstance(value, Mapping):
                 raise BadRequest(f"{field} must be an object with one of {', '.join(_EXTRAS)}", param=field)
-            given = {name: one for name, one in value.items() if one not in (None, False)}
+            given = {name: one for name, one in value.items() if one not in (None, False) and name not in _AS_IT_IS}
             unknown = sorted(set(given) - set(_EXTRAS))
             if unknown or not given:
                 what = f"has {unknown[0][:100]!r}" if unknown else "is empty"

@@ -26,7 +26,7 @@ def router(state: ServerState) -> APIRouter:
             prompt = await prompts.text_prompt(state, body.prompt, bool(body.allow_special_tokens), may_be_empty=True)
         else:
             assert body.messages is not None
-            mode, variables = prompts.thinking_mode(state.settings, None, body.chat_template_kwargs)
+            mode, variables = prompts.thinking_mode(state, None, body.chat_template_kwargs)
             use = prompts.tool_use(state.settings, body.tools, None, None)
             with state.driver.reserve():
                 prompt = await prompts.chat_prompt(
