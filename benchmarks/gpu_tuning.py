@@ -26,7 +26,7 @@ def main() -> None:
     run = {"block_size": BLOCK, "topk_blocks": TOPK}
     if "select" in options.parts:
         index_q = index_queries(length, "random")
-        table = select._Table(index_q, index_k, None, where, BLOCK)
+        table = select._Table(index_q, index_k, None, where, BLOCK, TOPK)
         first, count = table.parts()[0]
         print("scores", milliseconds(lambda: table.score(first, count, 0.1, TOPK, False)), "ms of", len(table.parts()))
         print("selection", milliseconds(lambda: kernels.select_blocks(index_q, index_k, cu, cu, **run)), "ms")
@@ -36,7 +36,7 @@ def main() -> None:
                 f"choose rows {rows} group {group} warps {warps}",
                 lambda: kernels.select_blocks(index_q, index_k, cu, cu, **run),
             )
-        select._CHOOSE_ROWS, select._GROUP, select._CHOOSE_WARPS = 8, None, 4
+        select._CHOOSE_ROWS, select._GROUP, select._CHOOSE_WARPS = 8, None, None
     for selection in ("random", "overlapping"):
         ids = kernels.select_blocks(index_queries(length, selection), index_k, cu, cu, **run)
         shape = {"page_table": None, "block_size": BLOCK, "scale": DIM**-0.5}

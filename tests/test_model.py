@@ -200,6 +200,10 @@ def test_an_empty_batch_of_media_is_none(whole: Whole) -> None:
     empty = {"pixel_values": torch.zeros(0, patch), "image_grid_thw": torch.zeros(0, 3, dtype=torch.int64)}
     close(whole(ids, **empty).logits, whole(ids).logits)
     assert whole.embed_multimodal(**empty) == []
+    close(whole(ids, pixel_values=empty["pixel_values"], image_grid_thw=[]).logits, whole(ids).logits)
+    for pixels, rows in ((media_prompt()["pixel_values"], []), (empty["pixel_values"], [[1, 2, 2]])):
+        with pytest.raises(ValueError, match="patches"):
+            whole(ids, pixel_values=pixels, image_grid_thw=torch.tensor(rows, dtype=torch.int64).view(-1, 3))
     prompt = media_prompt()
     grid = prompt["image_grid_thw"].tolist()
     found = whole.embed_multimodal(pixel_values=prompt["pixel_values"], image_grid_thw=grid)

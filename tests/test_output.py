@@ -376,6 +376,11 @@ def element(name: str, *inside: str) -> str:
         ({"type": "array", "items": {"type": "integer"}}, [element("t", element("x", "1"), element("x", "2"))], [1, 2]),
         ({"items": {"type": "integer"}}, [element("t", "[1, 2]")], [1, 2]),
         (
+            {"items": {"items": {"type": "integer"}}},
+            [element("t", "[1, 2]"), element("t", "[3]")],
+            [[1, 2], [3]],
+        ),
+        (
             {"type": "array", "items": {"properties": {"stars": {"type": "integer"}}}},
             [element("t", element("comment", element("stars", "3")))],
             [{"stars": 3}],
@@ -409,6 +414,15 @@ def test_elements_become_what_they_say(
     for character in text:
         streamed += "".join(delta.arguments for delta in parser.feed_text(character).tool_calls)
     assert json.loads(streamed + "".join(d.arguments for d in parser.finish().tool_calls)) == call.arguments
+
+
+def test_an_empty_call_is_closed_by_itself(tokenizer: Tokenizer) -> None:
+    """It was taken for an argument of the call before."""
+    inside = f'{NS}<invoke name="f">{element("n", "3")}{NS}<invoke name="g"/>{NS}<invoke name="h">{NS}</invoke>'
+    parsed = parse(tokenizer, f"{NS}<tool_call>{inside}{NS}</tool_call>", "disabled", TOOLS)
+    assert [(call.name, call.arguments, call.complete) for call in parsed.tool_calls] == [
+        ("f", {"n": 3}, True), ("g", {}, True), ("h", {}, True),
+    ]  # fmt: skip
 
 
 def test_without_tools_arguments_are_text(tokenizer: Tokenizer) -> None:

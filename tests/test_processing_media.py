@@ -464,6 +464,8 @@ def test_frames_without_fps_have_no_times() -> None:
     for known in ({"fps": 2.0}, [[{"fps": 2.0}]]):
         again = processor([clip], return_metadata=True, video_metadata=known)
         assert again["video_metadata"] == timed["video_metadata"]
+    two = processor([clip, clip], return_metadata=True, video_metadata=[[{"fps": 2.0}, {"fps": 2.0}]])
+    assert two["video_metadata"] == timed["video_metadata"] * 2
     with pytest.raises(ValueError, match="video 1 of 1: its video_metadata is a str"):
         processor([clip], video_metadata=["2 fps"])
     with pytest.raises(ValueError, match="video_metadata has 2 entries for 1 clips"):

@@ -163,7 +163,7 @@ def test_raw_prompts_hold_control_tokens_and_messages_do_not(processor: MiniMaxM
         ({"text": [IMAGE, "x"], "images": [np.zeros((56, 56, 3), np.uint8)] * 2}, r"0 image placeholders .* 1 images"),
         (
             {"text": ["x", IMAGE], "images": [[np.zeros((56, 56, 3), np.uint8)], []]},
-            "prompt 1 has 0 picture placeholders, its list 1 pictures",
+            "prompt 1 has 0 picture placeholders, but its list holds 1 pictures",
         ),
         ({"text": VIDEO}, r"1 video placeholders .* 0 videos"),
         ({"text": VIDEO, "videos": ["missing.mp4"]}, r"video 1 of 1.*missing\.mp4"),
@@ -194,8 +194,13 @@ def test_settings_of_one_call(processor: MiniMaxM3VLProcessor, picture: Image.Im
     assert processor.apply_chat_template(messages).image_grid_thw.tolist() == [[1, 4, 6]]
     raw = processor(text=IMAGE, images=picture, images_kwargs=least)
     assert torch.equal(raw.pixel_values, small.pixel_values)
-    with pytest.raises(TypeError, match="has no setting 'max_pixel'; did you mean 'max_pixels'"):
-        processor(text=IMAGE, images=picture, images_kwargs={"max_pixel": 1})
+    for text, images in ((IMAGE, picture), ("x", None)):
+        with pytest.raises(TypeError, match="has no setting 'max_pixel'; did you mean 'max_pixels'"):
+            processor(text=text, images=images, images_kwargs={"max_pixel": 1})
+    with pytest.raises(TypeError, match="has no setting 'size'"):
+        processor(text="x", videos_kwargs={"size": 1})
+    merged = processor(text=IMAGE, images=picture, images_kwargs={"merge_size": 1})
+    assert (merged.input_ids == processor.image_token_id).sum() == merged.image_grid_thw.prod()
 
 
 def test_text_only_processor(tokenizer: Tokenizer, picture: Image.Image, tmp_path: Path) -> None:

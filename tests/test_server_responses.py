@@ -151,6 +151,21 @@ def test_what_is_not_there_is_said(scripted: Running, asked: dict[str, Any], wor
         scripted.client().post("/responses", body={"model": "pocket", **asked}, cast_to=object)
 
 
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"input": [{"role": "robot", "content": "x"}], "instructions": "be kind"}, "input"),
+        ({"input": "x", "reasoning": {"effort": "huge"}}, "reasoning.effort"),
+    ],
+)
+def test_errors_name_fields_of_this_route(scripted: Running, asked: dict[str, Any], param: str) -> None:
+    """They spoke of messages and reasoning_effort, which nobody had sent."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        scripted.client().post("/responses", body={"model": "pocket", **asked}, cast_to=object)
+    assert caught.value.param.startswith(param)
+    assert caught.value.body["message"].startswith(param)
+
+
 def test_a_pydantic_model_as_the_format(scripted: Running) -> None:
     say(scripted, 'why</mm:think>{"colour": "red", "sizes": []}')
     answer = scripted.client().responses.parse(

@@ -404,6 +404,13 @@ def test_an_argument_that_cannot_be_an_element_is_refused(tokenizer: Tokenizer) 
         guide_for(tokenizer, tools=[tool("f", {"properties": {"a<b": {}}})], tool_choice="required")
 
 
+@pytest.mark.parametrize("grammar", ["answer ::= [0-9]", "root ::= answer", "::=", "start: (", ""])
+def test_grammars_that_cannot_be_read_are_refused(tokenizer: Tokenizer, grammar: str) -> None:
+    """One without a root rule was the server's fault: the library raises a plain Exception."""
+    with pytest.raises(BadRequest):
+        guide_for(tokenizer, {"type": "grammar", "grammar": grammar})
+
+
 # --- odds and ends ----------------------------------------------------------------------------------------------------
 
 

@@ -145,6 +145,9 @@ def launch_all(dtype: torch.dtype, eight_bits: bool) -> None:
     for select._GROUP, select._FEW_ROWS in ((2, 0), (2, 1 << 20)):
         select.select_blocks(index_q, index_k, cu, cu, **run)
     select._GROUP, select._FEW_ROWS = kept
+    for queries in (16, 1024):
+        packed = index_q[:1].expand(queries, -1, -1), torch.empty(1 << 17, DIM, dtype=dtype), [0, queries], [0, 1 << 17]
+        select.select_blocks(*packed, **run)
     where = layout.packed_layout(cu, cu, None, q, k)
     select.index_log_sum_exp(index_q, index_k, where, BLOCK, 0.1)
     for leaves in ([q, k, v], [x.clone().requires_grad_() for x in (q, k, v)]):

@@ -155,6 +155,7 @@ def generate(
     if pad_token_id is None:
         pad_token_id = _first(defaults.get("pad_token_id"), model.text_config.pad_token_id, *eos_token_ids[:1], 0)
     grids = [None if grid is None else torch.as_tensor(grid) for grid in (image_grid_thw, video_grid_thw)]
+    grids = [grid.view(0, 3) if grid is not None and grid.shape == (0,) else grid for grid in grids]
     medias = _distribute(model, prompts, Media(pixel_values, grids[0], pixel_values_videos, grids[1]))
 
     limit = model.text_config.max_position_embeddings

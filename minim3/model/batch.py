@@ -193,8 +193,8 @@ class LayerChoices:
 class ForwardRecord:
     """What the caller wants kept from a forward pass: each list that is not None is appended to, a layer at a time.
 
-    hidden_states: `[T, H]` before the first layer, after every layer but the last, and after the final norm; with
-    `padded`, two functions between `[T, H]` and `[B, S, H]`, the latter.
+    hidden_states: `[T, H]` before the first layer, after every layer but the last, and after the final norm; padded to
+    `[B, S, H]` where `padded` holds the two functions that do so and undo it.
     router_logits: fp32 `[T, experts]` a MoE layer. expert_ids: int64 `[T, top_k]` a MoE layer.
     indexer_kl: a scalar a sparse layer, the alignment loss of its indexer (asking for it makes the indexer trainable).
     block_indices: int32 `[T, index_heads, top_k]` a sparse layer.

@@ -63,8 +63,8 @@ class VisionLanguage(nn.Module):
         found: list[Tensor] = []
         for pixels, grid in ((pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)):
             if pixels is not None and grid is not None:
-                tokens = (torch.as_tensor(grid).prod(-1) // merge).tolist()
-                found += self.get_image_features(pixels, grid).split(tokens) if tokens else ()
+                tokens = (torch.as_tensor(grid).prod(-1) // merge).tolist() if len(grid) else []
+                found += self.get_image_features(pixels, grid).split(tokens) if tokens or len(pixels) else ()
         return found
 
     def embed_packed(
@@ -108,13 +108,15 @@ class VisionLanguage(nn.Module):
                 raise ValueError(f"{what}: there is a {present} tensor without {absent}; pass both or neither")
         embeds = self.embed_tokens_packed(input_ids)
         images = videos = None
-        if pixel_values is not None and len(pixel_values):
-            assert image_grid_thw is not None
+        if pixel_values is not None and image_grid_thw is not None and (len(pixel_values) or len(image_grid_thw)):
             images = self.get_image_features(pixel_values, image_grid_thw)
             images = self._in_order(images, image_grid_thw, image_order)
         embeds = splice_features(embeds, input_ids, self.config.image_token_index, images, "image")
-        if pixel_values_videos is not None and len(pixel_values_videos):
-            assert video_grid_thw is not None
+        if (
+            pixel_values_videos is not None
+            and video_grid_thw is not None
+            and (len(pixel_values_videos) or len(video_grid_thw))
+        ):
             videos = self.get_video_features(pixel_values_videos, video_grid_thw)
             videos = self._in_order(videos, video_grid_thw, video_order)
         return splice_features(embeds, input_ids, self.config.video_token_index, videos, "video"), images, videos

@@ -26,7 +26,7 @@ from minim3.processing.tool_arguments import Element, Schema, Schemas, joined
 
 _MARKERS = (THINK, END_THINK, NAMESPACE)
 _OPEN_CALLS, _CLOSE_CALLS, _CLOSE_INVOKE = "<tool_call>", "</tool_call>", "</invoke>"
-_INVOKE = re.compile(r"""<invoke\s+name\s*=\s*(["']?)([^"'<>]+)\1\s*>""")
+_INVOKE = re.compile(r"""<invoke\s+name\s*=\s*(["']?)([^"'<>]+?)\1\s*/?>""")
 _TAG_STARTS = (_OPEN_CALLS, "<invoke ")
 _MAX_TAG_CHARACTERS = 256
 _MAX_DEPTH = 64
@@ -298,6 +298,8 @@ class OutputParser:
                 self._close_call(complete=not self._elements)
             if invoke:
                 self._open_call(invoke.group(2))
+                if tag.endswith("/>"):
+                    self._close_call(complete=True)
             elif tag == _CLOSE_CALLS:
                 self._state = _State.CONTENT
                 self._after_calls = True
@@ -332,7 +334,10 @@ class OutputParser:
         return element
 
     def _emit_argument(self) -> None:
-        """The argument that was closed last: an element of the same name behind it would have made it a list."""
+        """The argument that was closed last: an element of the same name right behind it would have made it a list.
+
+        One that comes back later has been sent already: the later value counts, as for readers of JSON.
+        """
         if self._argument is None:
             return
         assert self._call is not None

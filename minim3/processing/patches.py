@@ -212,11 +212,11 @@ class PatchProcessor:
         """A copy with other settings; an unknown name is a TypeError."""
         if not changes:
             return self
-        settings = self._settings()
+        settings, names = self._settings(), {*self._settings(), *self._accepted_names()}
         for name in changes:
-            if name not in settings and name != "size":
-                near = difflib.get_close_matches(name, settings, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(settings)}"
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(sorted(names))}"
                 raise TypeError(f"{type(self).__name__} has no setting {name!r}{hint}")
         if "size" in changes:  # a new size replaces both limits unless they are given beside it
             del settings["min_pixels"], settings["max_pixels"]

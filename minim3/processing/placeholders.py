@@ -4,7 +4,7 @@ An image becomes `]<]start of image[>[`, one `]<]image[>[` for each merged patch
 such a group for each temporal patch (with `]<]video[>[` inside), after its time where times are known.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,20 +68,19 @@ def is_empty(media: Any) -> bool:
 
 
 def process_images(
-    processor: MiniMaxM3VLImageProcessor | None, images: Any, settings: Mapping[str, Any] | None = None
+    processor: MiniMaxM3VLImageProcessor | None, images: Any
 ) -> tuple[dict[str, torch.Tensor], list[Expansion]]:
     """Pictures to `pixel_values` and `image_grid_thw`, and what the placeholder of each becomes."""
     if processor is None:
         raise ValueError("this is a text-only model: it takes no pictures")
-    processed = processor(images=flatten_pictures(images), return_tensors="pt", **(settings or {}))
+    processed = processor(images=flatten_pictures(images), return_tensors="pt")
     grid = processed["image_grid_thw"]
     expansions = [expand_image(count // processor.merge_size**2) for count in grid.prod(dim=1).tolist()]
     return {"pixel_values": processed["pixel_values"], "image_grid_thw": grid}, expansions
 
 
 def process_videos(
-    processor: MiniMaxM3VLVideoProcessor | None, videos: Any, video_metadata: Any = None,
-    settings: Mapping[str, Any] | None = None,
+    processor: MiniMaxM3VLVideoProcessor | None, videos: Any, video_metadata: Any = None, keep_sized: bool = True
 ) -> tuple[dict[str, torch.Tensor], list[Expansion]]:
     """Clips to `pixel_values_videos` and `video_grid_thw` (a row a chunk), and what the placeholder of each becomes."""
     if processor is None:
@@ -93,11 +92,9 @@ def process_videos(
     factor = processor.patch_size * processor.merge_size
     for index, (clip, known) in enumerate(zip(clips, metadata)):
         # Frames of a legal size are taken as they are, which is how the published chat processor passes them.
-        settings = settings or {}
-        keep = _is_sized(clip, factor) and not settings.keys() & {"do_resize", "min_pixels", "max_pixels"}
-        resize: dict[str, Any] = {"do_resize": False} if keep else {}
+        resize: dict[str, Any] = {"do_resize": False} if keep_sized and _is_sized(clip, factor) else {}
         try:
-            processed = processor(videos=[clip], video_metadata=[known], return_metadata=True, **settings, **resize)
+            processed = processor(videos=[clip], video_metadata=[known], return_metadata=True, **resize)
         except ValueError as error:
             reason = str(error).removeprefix("video 1 of 1: ")  # of those the processor was given
             raise ValueError(f"video {index + 1} of {len(clips)} in the prompt: {reason}") from error

@@ -172,12 +172,6 @@ class MiniMaxM3VLProcessor:
             raise ValueError("text is missing: pass the prompt, with one placeholder for each picture and clip")
         prompts = [text] if isinstance(text, str) else list(text)
         segments = [[Segment(prompt, True)] for prompt in prompts]
-        listed = isinstance(images, list | tuple) and all(isinstance(one, list | tuple) for one in images)
-        if listed and len(images) == len(prompts):
-            for index, count in enumerate(self._placeholders(segments, self.image_token_id)):
-                if count != len(images[index]):
-                    held = len(images[index])
-                    raise ValueError(f"prompt {index + 1} has {count} picture placeholders, its list {held} pictures")
         settings = images_kwargs, videos_kwargs
         return self._process(segments, images, videos, video_metadata, settings, padding, return_tensors)
 
@@ -304,16 +298,29 @@ class MiniMaxM3VLProcessor:
     ) -> ProcessorOutput:
         if return_tensors not in (None, "pt", "np"):
             raise ValueError(f"return_tensors is {return_tensors!r}; known: 'pt', 'np', None")
+        image_processor, video_processor = self.image_processor, self.video_processor
+        of_images, of_videos = (dict(one or {}) for one in settings)
+        if image_processor is not None:
+            image_processor = image_processor.with_settings(**of_images)
+        if video_processor is not None:
+            video_processor = video_processor.with_settings(**of_videos)
+        keep_sized = not of_videos.keys() & {"do_resize", "min_pixels", "max_pixels"}
         media: dict[str, torch.Tensor] = {}
         image_expansions: list[Expansion] = []
         video_expansions: list[Expansion] = []
         if not is_empty(images):
-            tensors, image_expansions = process_images(self.image_processor, images, settings[0])
+            tensors, image_expansions = process_images(image_processor, images)
             media.update(tensors)
         if not is_empty(videos):
-            tensors, video_expansions = process_videos(self.video_processor, videos, video_metadata, settings[1])
+            tensors, video_expansions = process_videos(video_processor, videos, video_metadata, keep_sized)
             media.update(tensors)
         image_counts = self._placeholders(prompts, self.image_token_id)
+        listed = isinstance(images, list | tuple) and all(isinstance(one, list | tuple) for one in images)
+        for index, count in enumerate(image_counts if listed and len(images) == len(prompts) else ()):
+            if count != (held := len(images[index])):
+                raise ValueError(
+                    f"prompt {index + 1} has {count} picture placeholders, but its list holds {held} pictures"
+                )
         video_counts = self._placeholders(prompts, self.video_token_id)
         rows = []
         for segments, image_slice, video_slice in zip(

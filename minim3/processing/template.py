@@ -197,7 +197,8 @@ class ChatTemplate:
         for name in variables:
             if name not in self.variables:
                 near = difflib.get_close_matches(name, self.variables | {"thinking_mode"}, n=1)
-                reads = f"did you mean {near[0]!r}?" if near else f"it reads {', '.join(sorted(self.variables))}"
+                known = ", ".join(sorted(self.variables)) or "none"
+                reads = f"did you mean {near[0]!r}?" if near else f"it reads {known}"
                 raise ValueError(f"the checkpoint's chat template has no variable {name!r}: {reads}")
         plain_messages = [_template_message(message) for message in messages]
         plain_tools = list(tools)

@@ -1,7 +1,8 @@
 """Arguments of tool calls: elements of text, converted to the types of the tool's JSON schema.
 
 The format has no quotes: `<count>3</count>` may be the number or the text. The schema decides; without one it is text.
-A value that does not fit its schema is kept as the text the model wrote, never dropped.
+A value that does not fit its schema is kept as the text the model wrote. Elements of one name side by side are a list;
+text beside the elements of an object is its `$text`.
 """
 
 import json
@@ -136,10 +137,11 @@ def joined(values: list[Any], schema: Schema) -> Any:
         return values[0]
     if not schema.is_list():
         return values
+    entry = schema.child("item")
     found: list[Any] = []
     for value in values:
-        found += value if isinstance(value, list) else [value]
-    entry = schema.child("item")
+        lists = isinstance(value, list) and (not entry.is_list() or all(isinstance(one, list) for one in value))
+        found += value if lists else [value]
     return [convert_text(value, entry) if isinstance(value, str) else value for value in found]
 
 

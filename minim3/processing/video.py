@@ -95,7 +95,7 @@ class MiniMaxM3VLVideoProcessor(PatchProcessor):
         self,
         videos: Any,
         *,
-        video_metadata: Sequence[VideoMetadata | Mapping[str, Any] | None] | None = None,
+        video_metadata: Any = None,
         return_metadata: bool = False,
         return_tensors: str | None = "pt",
         **overrides: Any,
@@ -104,9 +104,9 @@ class MiniMaxM3VLVideoProcessor(PatchProcessor):
 
         `video_metadata`: one entry a clip for clips given as frames (of one clip the entry itself will do): a
         VideoMetadata, or a mapping with `fps` and perhaps `frames_indices` and `total_num_frames` (by default the
-        frames are the whole source). `return_metadata`
-        adds `video_metadata` (a VideoMetadata a clip) and `timestamps` (a clip: seconds of each temporal patch, or
-        None). Keyword arguments override settings for this call. Raises ValueError naming the clip that cannot be used.
+        frames are the whole source). `return_metadata` adds `video_metadata` (a VideoMetadata a clip) and `timestamps`
+        (a clip: seconds of each temporal patch, or None). Keyword arguments override settings for this call. Raises
+        ValueError naming the clip that cannot be used.
         """
         return self.with_settings(**overrides)._preprocess(videos, video_metadata, return_metadata, return_tensors)
 
@@ -249,15 +249,16 @@ class MiniMaxM3VLVideoProcessor(PatchProcessor):
 
 
 def metadata_of_clips(given: Any, num_clips: int) -> list[Any]:
-    """One entry a clip: from a list, also of lists of one entry, or from the entry of the only clip itself.
+    """One entry a clip: from a list, from a list a prompt, or from the entry of the only clip itself.
 
     Raises:
         ValueError: another number of entries, or an entry that is no metadata.
     """
     if given is None:
         return [None] * num_clips
-    entries = [given] if isinstance(given, VideoMetadata | Mapping) else list(given)
-    found = [one[0] if isinstance(one, list | tuple) and len(one) == 1 else one for one in entries]
+    found: list[Any] = [given] if isinstance(given, VideoMetadata | Mapping) else list(given)
+    if all(isinstance(one, list | tuple) for one in found):  # a list a prompt
+        found = [entry for one in found for entry in one]
     if len(found) != num_clips:
         raise ValueError(f"video_metadata has {len(found)} entries for {num_clips} clips")
     for index, one in enumerate(found):

@@ -26,8 +26,9 @@ _MEDIA = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_t
 # Names that the renderer passes itself; a caller's variable of the same name would replace the conversation.
 _RESERVED = frozenset(
     {"messages", "tools", "tokenizer", "add_generation_prompt", "tokenize", "return_dict", "return_tensors", "padding",
-     "images", "videos", "video_metadata", "self", "bos_token", "eos_token", "pad_token", "unk_token",
-     "raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler", "joiner"}
+     "images", "videos", "video_metadata", "images_kwargs", "videos_kwargs", "self", "bos_token", "eos_token",
+     "pad_token", "unk_token", "raise_exception", "strftime_now", "namespace", "range", "dict", "lipsum", "cycler",
+     "joiner"}
 )  # fmt: skip
 _WORD = re.compile(r"[A-Za-z0-9._-]{0,64}")
 

@@ -5,6 +5,7 @@ the two cannot differ.
 """
 
 import json
+import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
@@ -23,6 +24,12 @@ from minim3.server.responses_schema import ResponsesRequest, chat_messages, chat
 from minim3.server.state import ServerState
 
 _Event = dict[str, Any]
+
+_NAMES = {
+    "messages": "input", "response_format": "text.format", "reasoning_effort": "reasoning.effort",
+    "max_tokens": "max_output_tokens",
+}  # fmt: skip
+"""Fields of chat and what they are called here."""
 
 
 def router(state: ServerState) -> APIRouter:
@@ -57,7 +64,16 @@ class ResponseAnswer:
         self._items = ResponseItems(state, body.wants_logprobs)
 
     async def submit(self) -> None:
-        """Encode the input and queue it."""
+        """Encode the input and queue it; what is wrong with it is said in the names of this route."""
+        try:
+            await self._submit()
+        except BadRequest as error:
+            error.param = _NAMES.get(error.param or "", error.param)
+            for chat, here in _NAMES.items():
+                error.message = re.sub(rf"^{chat}\b(\[\d+\])?", here, error.message)
+            raise
+
+    async def _submit(self) -> None:
         state, body = self._state, self._body
         settings = state.settings
         mode, variables = prompts.thinking_mode(state, body.effort, body.chat_template_kwargs)

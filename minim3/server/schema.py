@@ -117,6 +117,8 @@ class SamplingFields(StructuredFields):
 
     def check_fields(self, settings: ServerSettings) -> None:
         super().check_fields(settings)
+        if self.stream_options is not None and not self.stream and self.stream_options.include_usage:
+            raise BadRequest("stream_options are for streams: send stream: true as well", param="stream_options")
         unknown = [] if self.stream_options is None else list(self.stream_options.model_extra or {})
         if unknown and not settings.ignore_unknown_fields:
             name = f"stream_options.{unknown[0][:100]}"

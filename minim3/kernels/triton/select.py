@@ -45,7 +45,8 @@ _FEW_ROWS = 2048
 _CHOOSE_ROWS = 8
 """Rows searched by one program where there are many: 32 bytes of each line of the table."""
 
-_CHOOSE_WARPS = 4
+_CHOOSE_WARPS: int | None = None
+"""Warps of such a program; None: by how many scores it searches."""
 
 _SEARCHED = 8192
 """Scores that a program of several rows holds at most."""
@@ -341,7 +342,7 @@ def _select(
             scores, of_groups, layout.table, table.tiles, out, num_rows=num_rows, first_tile=first,
             init_blocks=init_blocks, local_blocks=local_blocks, TILE_ROWS=table.rows, ROWS=rows, GROUP=table.group,
             GROUPS=groups, TOPK=topk_blocks, SLOTS=slots, NONE=_NONE,
-            num_warps=1 if rows * searched <= 512 else _CHOOSE_WARPS, **table.shape,
+            num_warps=_CHOOSE_WARPS or (1 if rows * searched <= 512 else 4), **table.shape,
         )  # fmt: skip
     return out
 
