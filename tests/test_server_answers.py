@@ -119,6 +119,10 @@ def test_stop_strings_do_not_depend_on_where_tokens_end(
     found, taken = read(reader, ids, "length")
     assert found["content"] == expected == reader.result.content
     assert found["reason"] == ("stop" if ends else "length")
+    if chat:
+        shown = [tokenizer.decode(found["tokens"][:n]) for n in (-1, None)] if found["tokens"] else ["", ""]
+        assert shown[1].startswith(expected.rstrip("\ufffd")) or not ends
+        assert len(shown[0]) < len(expected) or not found["tokens"] or not ends
     if ends:
         complete = (n for n in range(len(ids)) if any(stop in tokenizer.decode(ids[:n]) for stop in stops))
         assert taken == next(complete)

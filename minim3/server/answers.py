@@ -101,7 +101,7 @@ class ChatReader:
     """Reads an answer in the chat format.
 
     Stop strings end the content; reasoning and arguments may speak of them. Log-probabilities are given for the tokens
-    of the content, which together are its text.
+    of the content, which together are its text (the last may go on where a stop string cut it).
     """
 
     def __init__(
@@ -122,7 +122,10 @@ class ChatReader:
         self._stops = StopStrings(ending.stops)
         self._ending = ending
         self._content: list[str] = []
-        self._entries: list[TokenEntry] = []
+        self._entries: list[tuple[int, TokenEntry]] = []
+        self._detokenizer = IncrementalDetokenizer(tokenizer)
+        # Characters of the content: in its tokens so far, out of the parser, shown.
+        self._written = self._parsed = self._shown = 0
         self._reason = "stop"
 
     @property
@@ -139,7 +142,8 @@ class ChatReader:
         if event.token_id in self._ending.ignored_ids:
             return Update(self.index, OutputDelta())
         if region == "content":
-            self._entries.append(TokenEntry(event.token_id, event.logprobs))
+            self._entries.append((self._written, TokenEntry(event.token_id, event.logprobs)))
+            self._written += len(self._detokenizer.feed(event.token_id))
         return self._update(self._parser.feed(event.token_id))
 
     def finish(self, reason: str) -> Update:
@@ -163,6 +167,7 @@ class ChatReader:
             delta = replace(delta, tool_calls=tuple(call for call in delta.tool_calls if call.index < most))
             self.stopped = True
         content = delta.content
+        self._parsed += len(content)
         if self._stops.stopped_by is not None:
             content = ""
         elif self.num_tokens > self._ending.min_tokens or last:
@@ -172,14 +177,19 @@ class ChatReader:
                 content += self._stops.look_ahead(self._parser.white_space) or ""
             if self._stops.stopped_by is not None:
                 self.stopped = True
-                self._entries.clear()
                 content += self._stops.stopped_by if self._ending.include_stop else ""
             elif last or delta.tool_calls:
                 content += self._stops.finish()
         self._content.append(content)
+        self._shown += len(content)
         entries: tuple[TokenEntry, ...] = ()
         if self._entries and (content or last):
-            entries, self._entries = tuple(self._entries), []
+            # Tokens of which something is shown; a stop string hides those behind it.
+            hidden = self._parsed + len(self._parser.white_space) - self._shown
+            whole = last and self._stops.stopped_by is None
+            count = sum(whole or start < self._written - hidden for start, _ in self._entries)
+            entries = tuple(entry for _, entry in self._entries[:count])
+            self._entries = self._entries[count:]
         return Update(self.index, replace(delta, content=content), entries)
 
 
