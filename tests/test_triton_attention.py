@@ -58,7 +58,7 @@ def test_decoding_in_any_number_of_splits(splits: int, monkeypatch: pytest.Monke
     q, k, v = tensors(cu_q, cu_k, 2, 2, 16)
     (k_pages, table), (v_pages, _) = in_pages(k, cu_k, 16), in_pages(v, cu_k, 16)
     ids = random_ids(cu_q, cu_k, 2, 16, 5)
-    for unknown in (False, True) if splits > 1 else (False,):
+    for unknown in (False, True):
         known = layout.paged_layout(table, lengths, cu_q, 16, 3, None)
         where = layout._of_device(table, torch.tensor(lengths), torch.tensor(cu_q), 16, 3) if unknown else known
         run = {"block_size": 16, "scale": 0.3, "splits": splits}

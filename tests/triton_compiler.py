@@ -168,7 +168,8 @@ def launch_all(dtype: torch.dtype, eight_bits: bool) -> None:
         select.select_blocks_paged(index_q[:count], held[:, 0].contiguous(), table, [1000], [0, count], **run)
         for chosen, size in ((ids[:count], BLOCK), (None, 64)):
             if count == 1:
-                decode.decode(q[:1], held, held, table, chosen, step, block_size=size, scale=0.1)
+                for splits in (None, 1):
+                    decode.decode(q[:1], held, held, table, chosen, step, block_size=size, scale=0.1, splits=splits)
             else:
                 prefill.forward(q, held, held, chosen, step, page_table=table, block_size=size, scale=0.1)
     most, routing.MOST_SORTED = routing.MOST_SORTED, 0  # what is only compiled sorts nothing

@@ -40,10 +40,12 @@ def _split_kernel(
     steps_per_split,
     COLUMNS: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, KEYS: tl.constexpr, STEPS: tl.constexpr, TOPK: tl.constexpr, SPARSE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, PAGED: tl.constexpr, ONE_PAGE: tl.constexpr, PRECISION: tl.constexpr, WHOLE: tl.constexpr,
+    LN2: tl.constexpr,
 ):  # fmt: skip
     """One query, one KV head, one part of its keys: out and log-sum-exp (to the base 2) of that part.
 
+    WHOLE: the part is all there is, and its log-sum-exp is to the base e.
     A query before position 0 (padding of a graph) sees nothing: `//` cuts off towards 0, so that it begins at block 0.
     """
     tile = tl.program_id(0)
@@ -104,9 +106,13 @@ def _split_kernel(
         target = row_offsets(packed * (KV_HEADS * GROUP) + head, splits) + split
         real = row < GROUP
         tl.store(
-            part_out + (target * D)[:, None] + channel[None, :], acc, mask=real[:, None] & (channel < D)[None, :]
-        )
-        tl.store(part_lse + target, tl.where(some, top + tl.log2(tl.where(some, total, 1.0)), float("-inf")), mask=real)
+            part_out + (target * D)[:, None] + channel[None, :], acc.to(part_out.dtype.element_ty),
+            mask=real[:, None] & (channel < D)[None, :],
+        )  # fmt: skip
+        log_sum = top + tl.log2(tl.where(some, total, 1.0))
+        if WHOLE:
+            log_sum *= LN2
+        tl.store(part_lse + target, tl.where(some, log_sum, float("-inf")), mask=real)
 
 
 @triton.jit
@@ -158,8 +164,10 @@ def decode(
     splits = max(1, min(wanted, most, _MOST_SPLITS))
     per_split = -(-most // splits)
     splits = -(-most // per_split)
-    part_out = torch.empty(queries, heads, splits, dim, dtype=torch.float32, device=q.device)
-    part_lse = torch.empty(queries, heads, splits, dtype=torch.float32, device=q.device)
+    part_out, part_lse = out, lse
+    if splits > 1:
+        part_out = torch.empty(queries, heads, splits, dim, dtype=torch.float32, device=q.device)
+        part_lse = torch.empty(queries, heads, splits, dtype=torch.float32, device=q.device)
     block_d = max(power_of_two(dim), 16)
     tiles = layout.tiles(1)
     _split_kernel[tiles.shape[0], kv_heads, splits](
@@ -167,12 +175,13 @@ def decode(
         stride_q_head=q.stride(1), stride_blocks=ids.stride(0), stride_blocks_head=ids.stride(1) if sparse else 0,
         scale_log2=scale * LOG2_E, splits=splits, steps_per_split=per_split, COLUMNS=layout.table.shape[1],
         KV_HEADS=kv_heads, GROUP=group, ROWS=max(16, group), D=dim, BLOCK_D=block_d, KEYS=keys, STEPS=steps, TOPK=topk,
-        SPARSE=sparse, PRECISION=precision(q.dtype), num_warps=4,
+        SPARSE=sparse, PRECISION=precision(q.dtype), WHOLE=splits == 1, LN2=LN_2, num_warps=4,
         num_stages=stages(2 * keys * block_d * q.element_size(), 3),
         **Pages(k_pages, page_table, keys).arguments,
     )  # fmt: skip
-    _merge_kernel[queries * heads,](
-        part_out, part_lse, out, lse, splits, D=dim, BLOCK_D=block_d, SPLITS_PADDED=power_of_two(splits),
-        LN2=LN_2, num_warps=2,
-    )  # fmt: skip
+    if splits > 1:
+        _merge_kernel[queries * heads,](
+            part_out, part_lse, out, lse, splits, D=dim, BLOCK_D=block_d, SPLITS_PADDED=power_of_two(splits),
+            LN2=LN_2, num_warps=2,
+        )  # fmt: skip
     return out, lse
