@@ -395,6 +395,7 @@ BROKEN = {
     "kind": (lambda p: change_config(p, peft_type="IA3"), "peft_type is 'IA3'"),
     "dora": (lambda p: change_config(p, use_dora=True), "use_dora is True"),
     "bias": (lambda p: change_config(p, bias="all"), "bias is 'all'"),
+    "changed base": (lambda p: change_config(p, init_lora_weights="pissa_niter_4"), "which changes the base too"),
     "saved modules": (lambda p: change_config(p, modules_to_save=["lm_head"]), "modules_to_save"),
     "rank": (lambda p: change_config(p, r=7), "but rank 7"),
     "no rank": (lambda p: change_config(p, r="many"), "r is 'many'"),

@@ -49,6 +49,7 @@ FAULTS: dict[str, tuple[Any, str, str]] = {
     "null": (None, "not an object", "this is a null"),
     "other fields": ({"prompt": "a"}, "no text", "neither 'messages' nor 'text' is there; fields: prompt"),
     "empty text": ({"text": " "}, "no text", "the text is empty"),
+    "half a character": ({"text": "a \ud83d b"}, "no text", r"half of a surrogate pair \(U\+D83D\)"),
     "text of another type": ({"text": 5}, "no text", "the text is a int"),
     "unknown role": (
         {"messages": [{"role": "narrator", "content": "x"}]},

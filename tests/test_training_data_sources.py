@@ -127,6 +127,10 @@ def test_patterns_name_files_once_and_in_order(tmp_path: Path) -> None:
         write_jsonl(tmp_path / name, [name])
     found = find_files([str(tmp_path / "c.jsonl"), str(tmp_path / "*.jsonl")])
     assert [path.name for path in found] == ["c.jsonl", "a.jsonl", "b.jsonl"]
+    write_jsonl(tmp_path / "[1] e.jsonl", ["e"])
+    assert [path.name for path in find_files([str(tmp_path / "[1] e.jsonl")])] == ["[1] e.jsonl"]
+    with pytest.raises(ValueError, match=r"there is no such file"):
+        find_files(["~nobody-of-this-name/a.jsonl"])
     with pytest.raises(ValueError, match=r"data file '.*d\*\.jsonl': there is no such file"):
         find_files([str(tmp_path / "d*.jsonl")])
     (tmp_path / "x.csv").write_text("a")

@@ -199,6 +199,21 @@ def test_a_finished_run_is_not_run_again_and_says_what_changed(
     assert "schedule.kind was 'cosine', is 'linear'" in capsys.readouterr().err
 
 
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    """They removed each other's half-written checkpoints."""
+    from minim3.training.lock import locked
+
+    with locked(tmp_path), pytest.raises(ValueError, match="another process trains into"):
+        train(recipe(tmp_path))
+    with locked(tmp_path):
+        pass
+
+
+def test_another_optimizer_is_refused(uninterrupted: Path) -> None:
+    with pytest.raises(ValueError, match=r"optim.kind 'adamw', the recipe says 'muon'"):
+        train(recipe(uninterrupted, optim={"kind": "muon"}))
+
+
 def test_starting_afresh_in_a_used_folder_is_refused(uninterrupted: Path) -> None:
     with pytest.raises(ValueError, match="already holds checkpoints"):
         train(recipe(uninterrupted), resume=False)

@@ -41,6 +41,8 @@ _REFUSED = (
     "use_dora", "use_qalora", "lora_bias", "fan_in_fan_out", "modules_to_save", "trainable_token_indices",
     "layer_replication", "alora_invocation_tokens", "arrow_config", "use_bdlora",
 )  # fmt: skip
+# Initialisations of PEFT that change the base model too: the factors alone are then not what was trained.
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _NORM = re.compile(r"(?:language_model\.)?model\.(?:layers\.\d+\.(?:input|post_attention)_layernorm|norm)\.weight")
 
 
@@ -225,6 +227,13 @@ def _check_config(config: Mapping[str, Any], source: str) -> None:
     for name in _REFUSED:
         if config.get(name):
             raise ValueError(f"adapter {source}: {name} is {config[name]!r}, which is not supported")
+    start = str(config.get("init_lora_weights", "")).lower()
+    if start.startswith(_CHANGE_THE_BASE):
+        raise ValueError(
+            f"adapter {source}: init_lora_weights is {config['init_lora_weights']!r}, which changes the base too; "
+            "save it by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...), which makes a plain "
+            "adapter of it"
+        )
     if config.get("bias", "none") != "none":
         raise ValueError(f"adapter {source}: bias is {config['bias']!r}; adapted biases are not supported")
     for name, kinds in (("r", int), ("lora_alpha", (int, float))):

@@ -30,7 +30,7 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """e to the nats a token; infinite where that is too large for a float."""
-        return math.exp(self.nats_per_token) if self.nats_per_token < 709 else math.inf
+        return math.inf if self.nats_per_token >= 709 else math.exp(self.nats_per_token)
 
     @property
     def bits_per_byte(self) -> float:

@@ -163,11 +163,11 @@ def embed_inputs(embed_tokens: nn.Module, input_ids: Tensor | None, inputs_embed
     return inputs_embeds
 
 
-def check_vocabulary(input_ids: Tensor, embed_tokens: nn.Module) -> None:
+def check_vocabulary(input_ids: Tensor, embed_tokens: Any) -> None:
     """Raises ValueError for an id outside the vocabulary. On a CPU only: elsewhere the look would cost a wait."""
     if input_ids.device.type != "cpu" or not input_ids.numel():
         return
-    size = embed_tokens.get_parameter("weight").shape[0]
+    size = embed_tokens.weight.shape[0]
     low, high = (int(end) for end in input_ids.aminmax())
     if low < 0 or high >= size:
         raise ValueError(f"input_ids hold {low if low < 0 else high}, the vocabulary has ids 0 to {size - 1}")

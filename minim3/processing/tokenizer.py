@@ -229,7 +229,10 @@ class Tokenizer:
         """Ids of text in which nothing is a control token."""
         ids = self._plain_runs.get(text)
         if ids is None:
-            ids = tuple(self._plain.encode(text, add_special_tokens=False).ids)
+            try:
+                ids = tuple(self._plain.encode(text, add_special_tokens=False).ids)
+            except TypeError as error:
+                raise ValueError(_what_is_no_text(text)) from error
             if len(text) <= _CACHED_RUN_CHARACTERS:
                 if len(self._plain_runs) >= _CACHED_RUNS:
                     self._plain_runs.clear()
@@ -275,3 +278,11 @@ class Tokenizer:
         skipped = self.special_ids if skip_special_tokens else frozenset()
         joined = b"".join(self.token_bytes(token_id) for token_id in map(int, ids) if token_id not in skipped)
         return joined.decode("utf-8", errors="replace")
+
+
+def _what_is_no_text(text: str) -> str:
+    """Why the library does not take a string for text."""
+    half = next((place for place, character in enumerate(text) if 0xD800 <= ord(character) <= 0xDFFF), None)
+    if half is None:
+        return "the text cannot be encoded"
+    return f"the text holds half of a surrogate pair (U+{ord(text[half]):04X}) in the place of character {half + 1}"

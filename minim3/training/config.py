@@ -6,6 +6,7 @@ the value and the type it needs. `key=value` overrides use the same dotted names
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -240,6 +241,15 @@ class OptimRecipe:
                 raise ValueError(f"optim.freeze names an unknown part {part!r}; did you mean {near!r}?")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas must be two numbers in [0, 1), not {list(self.betas)}")
+        for name in (
+            "lr", "muon_lr", "eps", "weight_decay", "clip_norm", "indexer_lr_scale", "vision_lr_scale",
+            "head_norm_lr_scale", "router_bias_step",
+        ):  # fmt: skip
+            _require_at_least_zero("optim", self, name)
+        if self.projector_lr_scale is not None:
+            _require_at_least_zero("optim", self, "projector_lr_scale")
+        if not 0 <= self.muon_momentum < 1:
+            raise ValueError(f"optim.muon_momentum must lie in [0, 1), not {self.muon_momentum}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"optim.ema_decay must lie in [0, 1), not {self.ema_decay}")
 
@@ -259,6 +269,8 @@ class ScheduleRecipe:
     def __post_init__(self) -> None:
         for name in ("warmup_steps", "decay_steps"):
             _require_at_least_zero("schedule", self, name)
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"schedule.final_fraction must lie in [0, 1], is {self.final_fraction}")
         if (self.kind == "wsd") != (self.decay_steps > 0):
             raise ValueError(
                 f"schedule.decay_steps is {self.decay_steps} and schedule.kind {self.kind!r}: wsd needs steps to decay "
@@ -274,6 +286,7 @@ class CheckpointRecipe:
     keep: int = 2
 
     def __post_init__(self) -> None:
+        _require_at_least_zero("checkpoint", self, "every_steps")
         _require_positive("checkpoint", self, ("keep",))
 
 
@@ -305,6 +318,10 @@ class EvaluationRecipe:
     every_steps: int = 0
     batches: int = 2
     sources: tuple[SourceRecipe, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_at_least_zero("evaluation", self, "every_steps")
+        _require_positive("evaluation", self, ("batches",))
 
 
 @dataclass(frozen=True)
@@ -497,9 +514,11 @@ def _to_float(value: Any, where: str) -> float:
     # YAML 1.1 reads `1e-4` (no dot) as a string, so strings that are numbers are numbers here.
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
-            return float(value)
+            number = float(value)
         except ValueError:
-            pass
+            number = math.nan
+        if math.isfinite(number):
+            return number
     raise ValueError(f"{where} is {value!r}; it must be a number")
 
 

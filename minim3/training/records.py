@@ -134,7 +134,10 @@ class DocumentEncoder:
         begin, end = tokenizer.token_to_id(BEGIN_DOCUMENT), tokenizer.token_to_id(END_DOCUMENT)
         if begin is None or end is None:
             raise ValueError(f"the tokenizer lacks {BEGIN_DOCUMENT!r} or {END_DOCUMENT!r}, which delimit a text")
-        ids = [begin, *tokenizer.encode_plain(text), end]
+        try:
+            ids = [begin, *tokenizer.encode_plain(text), end]
+        except ValueError as error:
+            raise RecordError("no text", str(error)) from error
         length = self.max_tokens if split else len(ids)
         # Pieces overlap by a token, so that every token but the first is a target once.
         pieces = [ids[start : start + length] for start in range(0, len(ids) - 1, max(1, length - 1))]

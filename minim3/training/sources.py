@@ -10,6 +10,7 @@ library's own state at the start of a window).
 
 import glob
 import json
+import os
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
 from pathlib import Path
@@ -69,8 +70,9 @@ def find_files(patterns: Sequence[str]) -> list[Path]:
     """Files that the paths and glob patterns name, each once, in the order of the patterns and then of names."""
     found: dict[Path, None] = {}
     for pattern in patterns:
-        expanded = str(Path(pattern).expanduser())
-        matches = sorted(glob.glob(expanded, recursive=True)) if glob.has_magic(expanded) else [expanded]
+        expanded = os.path.expanduser(pattern)
+        literal = Path(expanded).is_file() or not glob.has_magic(expanded)  # a name may hold brackets
+        matches = [expanded] if literal else sorted(glob.glob(expanded, recursive=True))
         paths = [Path(match) for match in matches if Path(match).is_file()]
         if not paths:
             raise ValueError(f"data file {pattern!r}: there is no such file (relative to {Path.cwd()})")
@@ -187,7 +189,11 @@ class ParquetRecords:
             number, group, _ = self._groups[block]
             with self._open(self.paths[number]) as file:
                 columns = [name for name in file.schema_arrow.names if name in self._wanted]
-                self._cached = (block, file.read_row_group(group, columns=columns or None))
+                try:
+                    self._cached = (block, file.read_row_group(group, columns=columns or None))
+                except Exception as error:  # OSError and kinds of the library's own
+                    path = self.paths[number]
+                    raise ValueError(f"data file {str(path)!r}: row group {group} cannot be read: {error}") from error
         return self._cached[1].slice(row, 1).to_pylist()[0]
 
 

@@ -22,6 +22,7 @@ from minim3.training.config import LossRecipe, TrainingConfig, changed_keys, loa
 from minim3.training.conversion import build_model
 from minim3.training.data import Batch, BatchStream, load_processor
 from minim3.training.flops import training_flops
+from minim3.training.lock import locked
 from minim3.training.lora import AdapterState, adapt, export_adapter
 from minim3.training.loss import LossCounts, Losses, compute_losses
 from minim3.training.machine import measure_peak_flops, prepare_device
@@ -69,6 +70,11 @@ def train(recipe: TrainingConfig, *, resume: bool = True) -> TrainingResult:
     if not resume and find_checkpoints(checkpoints):
         raise ValueError(f"{checkpoints} already holds checkpoints: resume, remove it or choose another output folder")
     output.mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        return _train(recipe, output, checkpoints)
+
+
+def _train(recipe: TrainingConfig, output: Path, checkpoints: Path) -> TrainingResult:
     device = prepare_device(recipe.device, recipe.threads)
     run = build_run(recipe, device)
     model: Any = run.model
@@ -82,7 +88,7 @@ def train(recipe: TrainingConfig, *, resume: bool = True) -> TrainingResult:
     peak = recipe.peak_flops or measure_peak_flops(device, COMPUTE_DTYPES[recipe.model.precision])
     routers = moe_layers(model) if recipe.lora is None else []  # an adapter's base stays as it is
 
-    done = first
+    done, problem = first, None
     with (
         TrainingLog(output, recipe, first, peak) as log,
         BatchStream(
@@ -131,12 +137,15 @@ def train(recipe: TrainingConfig, *, resume: bool = True) -> TrainingResult:
             if last or stop.received is not None or (every and done % every == 0):
                 progress = {"data": stream.state(), "spikes": guard.state()}
                 now = Checkpoint(done, recipe.to_dict(), progress)
-                save_checkpoint(checkpoints, run, now, keep=recipe.checkpoint.keep)
+                # While steps are skipped the weights may be what is broken: the states before stay beside the new ones.
+                save_checkpoint(checkpoints, run, now, keep=recipe.checkpoint.keep + guard.in_row)
             if stop.received is not None and not last:
                 name = signal.Signals(stop.received).name
                 log.say(f"stopped by {name} after step {done}; the state is saved, the same command goes on")
                 write_report(output, f"stopped by {name} after step {done}")
                 return TrainingResult(done, stop.received, None)
+        if guard.in_row and problem is not None:
+            log.say(f"warning: the last {guard.in_row} steps were skipped ({problem}); try the model before you use it")
     path = export(run, recipe)
     write_report(output, f"finished after step {done}")
     print(f"exported to {path}; the curves are in {output / 'report.html'}", file=sys.stderr)
@@ -253,6 +262,11 @@ def _resume(run: TrainingState, recipe: TrainingConfig, checkpoints: Path) -> Ch
         return Checkpoint(0, {}, {"data": None})
     for key, (before, now) in changed_keys(saved.recipe, recipe.to_dict()).items():
         print(f"recipe changed since the checkpoint: {key} was {before!r}, is {now!r}", file=sys.stderr)
+    if saved.recipe.get("optim", {}).get("kind", recipe.optim.kind) != recipe.optim.kind:
+        raise ValueError(
+            f"{checkpoints} was written with optim.kind {saved.recipe['optim']['kind']!r}, the recipe says "
+            f"{recipe.optim.kind!r}: go on as before, or start another output from an export of it (model.start_from)"
+        )
     if saved.step > recipe.steps:
         raise ValueError(f"{checkpoints} is at step {saved.step}, past the recipe's {recipe.steps} steps")
     # The first runs saved no position: theirs follows from the step.
@@ -262,6 +276,9 @@ def _resume(run: TrainingState, recipe: TrainingConfig, checkpoints: Path) -> Ch
 def _say_how_to_go_on(step: int, problem: str | None, guard: SpikeGuard, checkpoints: Path) -> str:
     newest = find_checkpoints(checkpoints)
     back = f"the newest checkpoint is {newest[-1]}" if newest else "no checkpoint was saved yet"
+    sound = [path for path in newest if int(path.name.removeprefix("step-")) <= step - guard.in_row]
+    if sound and sound[-1] != newest[-1]:
+        back += f", the newest from before them {sound[-1].name} (remove later ones to go on from it)"
     return (
         f"gave up at step {step}: {guard.in_row} steps in a row were skipped, at the last {problem}; {back}. A lower "
         "learning rate, a longer warm-up or a lower optim.clip_norm may help, or other data; spikes.max_in_row and "
