@@ -370,6 +370,14 @@ def test_tied_embeddings_said_at_either_level_tie() -> None:
 def test_broken_config_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
         load_config(tmp_path)
+    for name, message in (
+        ("checkpoints/x", "has exported nothing yet"), ("export/config.json", "its model is .*export"),
+        ("adapter_config.json", "this is a LoRA adapter"),
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(ValueError, match=message):
+            load_config(tmp_path)
     for text in ("{", "[1]", ""):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"config\.json"):
