@@ -75,7 +75,7 @@ def compile_instead(capability: int, most_stack: int, show_loops: bool = False) 
         costs = loops(made.asm["cubin"], made.metadata.num_warps) if show_loops else []
         print(
             self.fn.__module__, self.fn.__name__, options, f"shared {made.metadata.shared}", f"registers {registers}",
-            products, *costs, sep=" ", flush=True,
+            products, *costs, flush=True,
         )  # fmt: skip
         if self.fn.__module__.endswith(("swiglu", "experts")):
             # They drop NaN, which then trains on unseen.

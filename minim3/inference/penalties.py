@@ -87,11 +87,11 @@ class Penalties:
         if request.num_output_tokens + len(ahead) < params.min_new_tokens:
             masked += [*params.eos_token_ids, *params.late_ids]
         if masked:
-            ends = torch.tensor([i for i in masked if i < scores.shape[0]], dtype=torch.int64, device=scores.device)
-            kept = scores[ends]
-            scores[ends] = -torch.inf
+            ids = torch.tensor([i for i in masked if i < scores.shape[0]], dtype=torch.int64, device=scores.device)
+            kept = scores[ids]
+            scores[ids] = -torch.inf
             if request.guide is not None and bool((scores == -torch.inf).all()):
-                scores[ends] = kept  # its grammar is complete, and allows nothing but the end (or what is masked here)
+                scores[ids] = kept  # its grammar allows nothing but these: it is complete, say
 
 
 class _Counts:

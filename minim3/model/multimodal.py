@@ -62,9 +62,9 @@ class VisionLanguage(nn.Module):
         merge = self.config.vision_config.spatial_merge_size**2
         found: list[Tensor] = []
         for pixels, grid in ((pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)):
-            if pixels is not None and grid is not None:
-                tokens = (torch.as_tensor(grid).prod(-1) // merge).tolist() if len(grid) else []
-                found += self.get_image_features(pixels, grid).split(tokens) if tokens or len(pixels) else ()
+            given = _given(pixels, grid)
+            if given is not None:
+                found += self.get_image_features(*given).split((given[1].prod(-1) // merge).tolist())
         return found
 
     def embed_packed(
@@ -108,17 +108,13 @@ class VisionLanguage(nn.Module):
                 raise ValueError(f"{what}: there is a {present} tensor without {absent}; pass both or neither")
         embeds = self.embed_tokens_packed(input_ids)
         images = videos = None
-        if pixel_values is not None and image_grid_thw is not None and (len(pixel_values) or len(image_grid_thw)):
-            images = self.get_image_features(pixel_values, image_grid_thw)
-            images = self._in_order(images, image_grid_thw, image_order)
+        given = _given(pixel_values, image_grid_thw)
+        if given is not None:
+            images = self._in_order(self.get_image_features(*given), given[1], image_order)
         embeds = splice_features(embeds, input_ids, self.config.image_token_index, images, "image")
-        if (
-            pixel_values_videos is not None
-            and video_grid_thw is not None
-            and (len(pixel_values_videos) or len(video_grid_thw))
-        ):
-            videos = self.get_video_features(pixel_values_videos, video_grid_thw)
-            videos = self._in_order(videos, video_grid_thw, video_order)
+        given = _given(pixel_values_videos, video_grid_thw)
+        if given is not None:
+            videos = self._in_order(self.get_video_features(*given), given[1], video_order)
         return splice_features(embeds, input_ids, self.config.video_token_index, videos, "video"), images, videos
 
     def _in_order(self, features: Tensor, grid: Tensor, order: Tensor | None) -> Tensor:
@@ -127,8 +123,15 @@ class VisionLanguage(nn.Module):
             return features
         assert self.config.vision_config is not None
         merge = self.config.vision_config.spatial_merge_size**2
-        rows = features.split((torch.as_tensor(grid).prod(-1) // merge).tolist())
+        rows = features.split((grid.prod(-1) // merge).tolist())
         return torch.cat([rows[row] for row in order.tolist()])
+
+
+def _given(pixels: Tensor | None, grid: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """Both, None where there is nothing; patches without a row, or a row without patches, the tower refuses."""
+    if pixels is None or grid is None or not (len(pixels) or len(grid)):
+        return None
+    return pixels, torch.as_tensor(grid)
 
 
 def splice_features(

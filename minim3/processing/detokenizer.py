@@ -77,10 +77,12 @@ class StopStrings:
 
     def look_ahead(self, text: str) -> str | None:
         """The text up to a stop string that `text` would complete, which then counts as found; else None."""
+        if self.stopped_by is not None or not text or not self._stops:
+            return None
         found = StopStrings(self._stops)
         found._held = self._held
         before = found.feed(text)
-        if self.stopped_by is not None or found.stopped_by is None:
+        if found.stopped_by is None:
             return None
         self.stopped_by, self._held = found.stopped_by, ""
         return before

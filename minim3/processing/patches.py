@@ -212,7 +212,8 @@ class PatchProcessor:
         """A copy with other settings; an unknown name is a TypeError."""
         if not changes:
             return self
-        settings, names = self._settings(), {*self._settings(), *self._accepted_names()}
+        settings = self._settings()
+        names = {*settings, *self._accepted_names()}
         for name in changes:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)

@@ -1,5 +1,6 @@
 """One run at a time in an output folder."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,6 @@ def locked(output: Path) -> Iterator[None]:
             raise ValueError(
                 f"another process trains into {output}: wait for it, stop it, or choose another `output`"
             ) from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:  # a file system without locks
+            print(f"warning: {output} cannot be locked ({error}): start no second run in it", file=sys.stderr)
         yield

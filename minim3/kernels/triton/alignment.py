@@ -82,6 +82,21 @@ def _add_exponentials(scores, top, total):
 
 
 @triton.jit
+def _place(
+    step, ids, members, used, token_of_row, index_used, token, KEYS: tl.constexpr, STEPS: tl.constexpr,
+    SPARSE: tl.constexpr,
+):  # fmt: skip
+    """(first key, which rows, which index rows) of a step along the union, or along all keys."""
+    place = step * KEYS
+    if SPARSE:
+        place = (tl.load(ids + step // STEPS) * STEPS + step % STEPS) * KEYS
+        chosen = tl.load(members + step // STEPS)
+        used = used & (((chosen >> token_of_row) & 1) != 0)
+        index_used = index_used & (((chosen >> token) & 1) != 0)
+    return place, used, index_used
+
+
+@triton.jit
 def _query_kernel(
     q, k, index_q, index_k, known_lse, lse, index_lse, loss, grad_index_q, sequences, tiles, union_ids, union_members,
     union_counts, stride_q, stride_q_head, stride_k, stride_k_head, stride_index_q, stride_index_q_head,
@@ -137,14 +152,10 @@ def _query_kernel(
         index_total = tl.zeros([TOKENS], tl.float32)
         for masked in tl.static_range(2):  # blocks that every token sees whole come first
             for step in tl.range(complete if masked else 0, steps if masked else complete):
-                place = step * KEYS
-                member = used
-                index_member = index_used
-                if SPARSE:
-                    place = (tl.load(union_ids + base + step // STEPS) * STEPS + step % STEPS) * KEYS
-                    members = tl.load(union_members + base + step // STEPS)
-                    member = used & (((members >> (row // GROUP)) & 1) != 0)
-                    index_member = index_used & (((members >> token) & 1) != 0)
+                place, member, index_member = _place(
+                    step, union_ids + base, union_members + base, used, row // GROUP, index_used, token, KEYS, STEPS,
+                    SPARSE,
+                )  # fmt: skip
                 if not KNOWN:
                     scores = _teacher_scores(
                         query, k, place, within, first_key, num_keys, stride_k, position, D, BLOCK_D, masked == 1,
@@ -171,14 +182,10 @@ def _query_kernel(
         acc = tl.zeros([TOKENS, BLOCK_INDEX_D], tl.float32)
         for masked in tl.static_range(2):
             for step in tl.range(complete if masked else 0, steps if masked else complete):
-                place = step * KEYS
-                member = used
-                index_member = index_used
-                if SPARSE:
-                    place = (tl.load(union_ids + base + step // STEPS) * STEPS + step % STEPS) * KEYS
-                    members = tl.load(union_members + base + step // STEPS)
-                    member = used & (((members >> (row // GROUP)) & 1) != 0)
-                    index_member = index_used & (((members >> token) & 1) != 0)
+                place, member, index_member = _place(
+                    step, union_ids + base, union_members + base, used, row // GROUP, index_used, token, KEYS, STEPS,
+                    SPARSE,
+                )  # fmt: skip
                 scores = _teacher_scores(
                     query, k, place, within, first_key, num_keys, stride_k, position, D, BLOCK_D, masked == 1, PRECISION
                 )
